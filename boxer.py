@@ -1,0 +1,2307 @@
+"""The client of Boxer, a service that runs untrusted code in gVisor sandboxes over HTTP.
+
+    from boxer import BoxerClient
+
+    with BoxerClient("http://localhost:8080") as client:
+        result = client.run(image="python:3.12-slim", cmd=["python3", "-c", "print('hello world')"])
+        print(result.stdout, result.exit_code)
+
+This file is the whole client. It needs nothing but Python 3.9 or later: copy it next to your code, or install the
+package `boxer-sdk`, which holds this same file. There are two clients with the same methods: `BoxerClient` blocks,
+and any number of threads may share one; `AsyncBoxerClient` is for asyncio.
+
+The sections, each of which knows only what stands above it:
+
+    Data           what is asked for and what comes back; the names of the JSON
+    Errors         the tree of exceptions, and which status code becomes which
+    Requests       a builder for each endpoint: checks, JSON, multipart
+    Responses      an interpreter for each endpoint: a value or the right error
+    Policy         base URL, proxy, deadline, and what may be sent again
+    Wire           HTTP/1.1 and TLS as state machines over bytes, without I/O
+    Sync client    a urllib opener whose handler moves the bytes over sockets
+    Async client   the same over an asyncio transport
+
+What is above the clients does no I/O and makes every decision once. The seam is a generator of steps
+(`_Connection.exchange`): it yields what to do next (send these bytes, wait for bytes, call this function) and is told
+what came of it. Each client has one method that carries out steps, and differs from the other in nothing else.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import selectors
+import socket
+import ssl
+import stat
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import IO, Any, Generic, NamedTuple, TypeVar, Union
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "AsyncBoxerClient",
+    "BoxerAPIError",
+    "BoxerClient",
+    "BoxerConnectionError",
+    "BoxerError",
+    "BoxerExitError",
+    "BoxerOutputLimitError",
+    "BoxerTimeoutError",
+    "BoxerValidationError",
+    "ResourceLimits",
+    "RunRequest",
+    "RunResult",
+]
+
+_LOG = logging.getLogger("boxer")
+_T = TypeVar("_T")
+_C = TypeVar("_C", bound="_Connection")
+
+# What a file's content may be given as.
+Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ResourceLimits:
+    """What a run may use. A limit left out, None or 0 is the server's default.
+
+    cpu_cores: processors, may be a fraction (the server's default, unless configured otherwise: 1.0).
+    memory_mb: memory in MiB (256).
+    pids_limit: processes and threads (64).
+    wall_clock_secs: seconds from the start of the program to its end by force (30).
+    nofile: open file descriptors of a process (256).
+
+    Raises BoxerValidationError for a limit that is negative, not finite, or not a number; all but `cpu_cores` are
+    whole numbers. In its usual Docker set-up a server enforces the wall clock and `nofile` only.
+    """
+
+    cpu_cores: float | None = None
+    memory_mb: int | None = None
+    pids_limit: int | None = None
+    wall_clock_secs: int | None = None
+    nofile: int | None = None
+
+    def __post_init__(self) -> None:
+        self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the limits that were given, by their JSON names, checked again since they may have been changed."""
+        given = {name: value for name, value in self.__dict__.items() if value is not None}
+        return {name: _checked_limit(name, value) for name, value in given.items()}
+
+
+def _checked_limit(name: str, value: Any) -> float:
+    is_whole = name != "cpu_cores"
+    if isinstance(value, float) and value.is_integer() and is_whole:
+        value = int(value)
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and not is_whole)
+    if isinstance(value, bool) or not is_number:
+        raise BoxerValidationError(f"{name} must be a {'whole' if is_whole else 'finite'} number, not {value!r}")
+    if value < 0:
+        raise BoxerValidationError(f"{name} must not be negative, and is {value!r}; leave it out for the default")
+    return value  # type: ignore[no-any-return]  # a number, as was just checked
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run is asked to do; the parameters are those of `BoxerClient.run`.
+
+    `env` may be given as a mapping or a list of `K=V`, `limits` as ResourceLimits or a mapping; they are kept as a
+    tuple and as ResourceLimits. Raises BoxerValidationError for what cannot be right, TypeError for a wrong type.
+    The repr shows the names in `env`, not the values.
+    """
+
+    image: str
+    cmd: Sequence[str]
+    env: Mapping[str, str] | Iterable[str] | None = None
+    cwd: str | None = None
+    limits: ResourceLimits | Mapping[str, Any] | None = None
+    files: Sequence[str] | None = None
+    persist: bool = False
+    network: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _text("image", self.image).strip():
+            raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
+        checked = {
+            "cmd": _command(self.cmd),
+            "env": _environment(self.env),
+            "cwd": None if self.cwd is None else _text("cwd", self.cwd) or None,
+            "limits": _limits(self.limits),
+            "files": tuple(_path(path) for path in _texts("files", self.files or ())),
+        }
+        # The way to fill in a frozen dataclass that the dataclasses module itself uses.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        names = [entry.partition("=")[0] for entry in self.env or ()]
+        shown = {**self.__dict__, "env": names}
+        return f"RunRequest({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be str, not {type(value).__name__}")
+    return value
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise BoxerValidationError(f"{name} must be a list of strings, not one string: write [{values!r}]")
+    if isinstance(values, (bytes, Mapping)):
+        raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
+    return tuple(_text(f"each of {name}", value) for value in values)
+
+
+def _command(cmd: Any) -> tuple[str, ...]:
+    words = _texts("cmd", cmd)
+    if not words or not words[0]:
+        raise BoxerValidationError("cmd is empty; give the program and its arguments, for instance ['echo', 'hi']")
+    return words
+
+
+def _environment(env: Any) -> tuple[str, ...]:
+    if isinstance(env, Mapping):
+        for name, value in env.items():
+            if "=" in _text("each name in env", name):
+                raise BoxerValidationError(f"the name {name!r} in env has an '=' in it")
+            _text(f"the value of {name!r} in env", value)
+        env = [f"{name}={value}" for name, value in env.items()]
+    entries = _texts("env", env or ())
+    for entry in entries:
+        if entry.find("=") < 1:
+            # The entry itself may be a secret whose name was forgotten, so it is not shown.
+            raise BoxerValidationError("an entry of env is not of the form NAME=value")
+    return entries
+
+
+def _limits(limits: Any) -> ResourceLimits | None:
+    if limits is None or isinstance(limits, ResourceLimits):
+        return limits
+    if not isinstance(limits, Mapping):
+        raise TypeError(f"limits must be ResourceLimits or a mapping, not {type(limits).__name__}")
+    known = ResourceLimits.__dataclass_fields__
+    for name in limits:
+        if name not in known:
+            raise BoxerValidationError(f"there is no limit {name!r}; the limits are {', '.join(known)}")
+    return ResourceLimits(**limits)
+
+
+def _path(path: Any) -> str:
+    if not _text("path", path):
+        raise BoxerValidationError("a path is empty; give one below the store, for instance 'data/input.txt'")
+    return str(path)
+
+
+@dataclass
+class RunResult:
+    """What came of a run that ended by itself, whatever its exit code.
+
+    exec_id: the name of the run, under which a run with `persist` keeps its outputs.
+    exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why).
+    stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong into /output.
+    wall_ms: milliseconds from the start of the sandbox to its end.
+    """
+
+    exec_id: str
+    exit_code: int
+    stdout: str
+    stderr: str
+    wall_ms: int
+
+    def __post_init__(self) -> None:
+        for name, kind in _RESULT_TYPES:
+            value = self.__dict__[name]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
+
+    @property
+    def ok(self) -> bool:
+        """True if the exit code is 0."""
+        return self.exit_code == 0
+
+    def check(self) -> RunResult:
+        """Return this result; raise BoxerExitError if the exit code is not 0."""
+        if self.exit_code != 0:
+            raise BoxerExitError(self)
+        return self
+
+    def output_path(self, path: str) -> str:
+        """Return where `download_file` finds what the run wrote to /output/`path` (with `persist=True`)."""
+        return f"output/{self.exec_id}/{_path(path)}"
+
+
+_RESULT_TYPES = (("exec_id", str), ("exit_code", int), ("stdout", str), ("stderr", str), ("wall_ms", int))
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+#
+#     BoxerError
+#     ├── BoxerValidationError (also a ValueError)        refused before anything was sent
+#     ├── BoxerConnectionError (also a ConnectionError)   no complete, well-formed HTTP answer came
+#     ├── BoxerExitError                                  run(check=True), and the exit code is not 0
+#     └── BoxerAPIError                                   the server answered, and not with what was asked for
+#         ├── BoxerTimeoutError                           408: the program's time was up; 0: the client's deadline
+#         └── BoxerOutputLimitError                       507: too much on stdout or stderr
+#
+# Nothing else leaves a client for a fault of the network, the protocol or the server. A closed client and a wrong type
+# are ordinary RuntimeError and TypeError, a local file that cannot be read an OSError.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BoxerError(Exception):
+    """The base of all errors of this module."""
+
+
+class BoxerValidationError(BoxerError, ValueError):
+    """What was asked for cannot be right, so it was not sent."""
+
+
+class BoxerConnectionError(BoxerError, ConnectionError):
+    """No complete, well-formed HTTP answer came; the text names host and port, `__cause__` the reason.
+
+    request_sent: False if no byte of the request has left, so that the server cannot have acted on it.
+    """
+
+    def __init__(self, message: str, request_sent: bool = True) -> None:
+        super().__init__(message)
+        self.request_sent = request_sent
+
+
+class BoxerExitError(BoxerError):
+    """A run that was to be checked ended with an exit code other than 0.
+
+    result: the RunResult.
+    """
+
+    def __init__(self, result: RunResult) -> None:
+        lines = _printable(result.stderr[-_REASON_SIZE:], keep="\n").strip().split("\n")
+        super().__init__(f"exit code {result.exit_code}" + (f": {lines[-1]}" if lines[-1] else ""))
+        self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.result,)
+
+
+class BoxerAPIError(BoxerError):
+    """The server answered, and not with what was asked for; the text is the server's own reason.
+
+    status_code: the HTTP status code of the answer.
+    """
+
+    def __init__(self, message: str, status_code: int) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.status_code)
+
+
+class BoxerTimeoutError(BoxerAPIError):
+    """Time was up: the program's wall clock limit (status_code 408) or the client's own deadline (status_code 0).
+
+    Deliberately no TimeoutError: what catches those tries again, and a program that ran out of its time must not be.
+    """
+
+
+class BoxerOutputLimitError(BoxerAPIError):
+    """The program wrote more to stdout or stderr than the server allows (507)."""
+
+
+_ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
+
+_REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
+
+# Control characters, and those that reorder text: neither may reach a terminal out of a server's or program's text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _printable(text: str, keep: str = "") -> str:
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else " ", text)
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+
+_PIECE = 256 * 1024  # bytes of content that are read, sent and received at a time
+_ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
+
+
+class _Request(NamedTuple):
+    """A request, short of what the client's settings add to it."""
+
+    method: str
+    target: str  # below the base URL's path
+    fields: dict[str, str]
+    body: bytes | _Multipart = b""
+    content_limit: int | None = _ANSWER_LIMIT  # of a successful answer; None: it is a file, and as long as it is
+    allowance: float = 0  # seconds that the server is entitled to on top of the timeout
+    is_run: bool = False
+    has_network: bool = False
+
+
+def _health_request() -> _Request:
+    return _Request("GET", "/healthz", {})
+
+
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def _run_request(run: RunRequest) -> _Request:
+    checked = _limits(run.limits)
+    limits = checked.to_dict() if checked else {}
+    members = {
+        "image": run.image,
+        "cmd": run.cmd,
+        "env": run.env,
+        "cwd": run.cwd,
+        "limits": limits,
+        "files": run.files,
+        "persist": bool(run.persist),
+        "network": None if run.network is None else _text("network", run.network),
+    }
+    body = _utf8("run", _JSON_ENCODER.encode({name: value for name, value in members.items() if value}))
+    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    allowance = min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT)
+    has_network = run.network not in (None, "", "none")
+    return _Request("POST", "/run", fields, body, allowance=allowance, is_run=True, has_network=has_network)
+
+
+def _upload_request(remote_path: str, content: Content) -> _Request:
+    body = _Multipart(_path(remote_path), content)
+    fields = {"Content-Type": f"multipart/form-data; boundary={body.boundary}"}
+    if body.length is None:
+        fields["Transfer-Encoding"] = "chunked"
+    else:
+        fields["Content-Length"] = str(body.length)
+    return _Request("POST", "/files", fields, body)
+
+
+def _download_request(path: str) -> _Request:
+    query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
+    return _Request("GET", f"/files?path={query}", {}, content_limit=None)
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BoxerValidationError(f"the {name} has a lone surrogate in it, which is no character: {error}") from None
+
+
+class _Multipart:
+    """A multipart/form-data body of one file and its path (RFC 7578), made as it is sent.
+
+    The file's own name is left out: the server goes by the part `path`, whose value may be any text, since nothing but
+    the delimiter ends it, and that is random. Content that can be sought is sent from its start, at every try.
+    """
+
+    def __init__(self, path: str, content: Content) -> None:
+        self.boundary = os.urandom(16).hex()
+        part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
+        kind = 'file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'
+        self._before = (part + kind).encode()
+        self._after = (
+            f'\r\n{part}path"\r\n\r\n'.encode() + _utf8("path", path) + f"\r\n--{self.boundary}--\r\n".encode()
+        )
+        self._content = _content(content)
+        self._size = _size(self._content)
+        self._used = False
+
+    @property
+    def length(self) -> int | None:
+        """The length of the body in bytes; None if it cannot be known before it was sent."""
+        return None if self._size is None else len(self._before) + self._size + len(self._after)
+
+    @property
+    def can_be_sent(self) -> bool:
+        """False once content that cannot be rewound was read from."""
+        return self._size is not None or not self._used
+
+    @property
+    def may_block(self) -> bool:
+        """True if making a piece reads from a file."""
+        return not isinstance(self._content, memoryview)
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """Yield the body; a file is first touched for the second piece."""
+        pieces = self._parts()
+        return pieces if self._size is not None else _chunked(pieces)
+
+    def _parts(self) -> Iterator[bytes | memoryview]:
+        if isinstance(self._content, memoryview):
+            yield self._before + self._content[:_PIECE]
+            yield from (self._content[at : at + _PIECE] for at in range(_PIECE, len(self._content), _PIECE))
+        else:
+            yield self._before
+            self._used = True
+            yield from self._read(self._content)
+        yield self._after
+
+    def _read(self, file: IO[bytes]) -> Iterator[bytes]:
+        """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
+        left = self._size
+        if left is not None:
+            file.seek(0)
+        while left is None or left > 0:
+            piece = file.read(_PIECE if left is None else min(_PIECE, left))
+            if not isinstance(piece, bytes):
+                raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
+            if not piece:
+                break
+            left = None if left is None else left - len(piece)
+            yield piece
+        if left is not None and (left != 0 or file.read(1)):
+            raise BoxerError("the file changed its size while it was sent; the upload was broken off")
+
+
+def _chunked(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """Yield `pieces` in the chunked transfer coding (RFC 9112, section 7.1)."""
+    for piece in pieces:
+        yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
+    yield b"0\r\n\r\n"
+
+
+def _content(content: Any) -> memoryview | IO[bytes]:
+    if isinstance(content, str):
+        content = _utf8("content", content)
+    if isinstance(content, (bytes, bytearray, memoryview)):
+        return memoryview(content).cast("B")
+    if not hasattr(content, "read"):
+        raise TypeError(f"content must be bytes, str or a binary file, not {type(content).__name__}")
+    if isinstance(content, io.TextIOBase) or isinstance(content.read(0), str):
+        raise TypeError("content is a file in text mode; open it with mode 'rb'")
+    return content  # type: ignore[no-any-return]  # something with read()
+
+
+def _size(content: memoryview | IO[bytes]) -> int | None:
+    if isinstance(content, memoryview):
+        return len(content)
+    try:
+        content.seek(0, os.SEEK_END)
+        return content.tell()
+    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
+        return None
+
+
+def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) -> list[tuple[Path, str]]:
+    """Return what `upload_path` is to send, in the order of the sorted paths."""
+    local = Path(local_path)
+    if not local.is_dir():
+        _check_regular(local)
+        return [(local, _path(local.name if remote_path is None else remote_path))]
+    root = local.resolve()
+    prefix = root.name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
+    paths = sorted(_walk(local, root, (root,)))
+    return [(path, f"{prefix}/{path.relative_to(local).as_posix()}") for path in paths]
+
+
+def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files below a folder, through links as long as these stay below `root`."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            _check_link(path, root, above)
+        if path.is_dir():
+            yield from _walk(path, root, (*above, path.resolve()))
+        else:
+            _check_regular(path)
+            yield path
+
+
+def _check_link(path: Path, root: Path, above: tuple[Path, ...]) -> None:
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # a loop is a RuntimeError before Python 3.13
+        raise BoxerValidationError(f"{path} is a link that leads nowhere; remove it") from error
+    if target in above:
+        raise BoxerValidationError(f"{path} is a link to a folder that it is in; remove it")
+    if root not in target.parents:
+        raise BoxerValidationError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
+
+
+def _check_regular(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BoxerValidationError(f"{path} is neither a file nor a folder, and cannot be uploaded")
+
+
+# ---- Responses -------------------------------------------------------------------------------------------------------
+
+
+class _Response:
+    """A final response: its head, and as much of its content as was wanted."""
+
+    def __init__(self, status_code: int, reason: str, fields: list[tuple[str, str]]) -> None:
+        self.status_code = status_code
+        self.reason = reason
+        self.fields = fields  # names in lower case
+        self.content = b""
+        self.is_cut = False  # the content was longer than the limit
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status_code < 300
+
+    @property
+    def code(self) -> int:
+        """The status code, by the name that urllib's handlers use, as are `msg` and `info()`."""
+        return self.status_code
+
+    @property
+    def msg(self) -> str:
+        return self.reason
+
+    def info(self) -> Message:
+        message = Message()
+        for name, value in self.fields:
+            message[name] = value
+        return message
+
+    def field(self, name: str) -> str:
+        """Return the value of a field, several joined as RFC 9110, section 5.3 has it; "" if there is none."""
+        return ", ".join([value for other, value in self.fields if other == name])
+
+
+def _is_healthy(response: _Response) -> bool:
+    return response.is_success
+
+
+def _run_result(response: _Response, check: bool) -> RunResult:
+    members = _json_object(response)
+    try:
+        result = RunResult(**{name: members[name] for name, _ in _RESULT_TYPES})
+    except KeyError as error:
+        raise BoxerAPIError(f"the answer to a run has no {error}", response.status_code) from error
+    except TypeError as error:
+        raise BoxerAPIError(f"the answer to a run is not right: {error}", response.status_code) from error
+    return result.check() if check else result
+
+
+def _check_uploaded(response: _Response) -> None:
+    if not isinstance(_json_object(response).get("path"), str):
+        raise BoxerAPIError("the answer to an upload does not say where the file went", response.status_code)
+
+
+def _file_content(response: _Response) -> bytes:
+    if 300 <= response.status_code < 400 and response.field("location").startswith("files/?path="):
+        raise BoxerAPIError("the path is a folder; name a file in it", response.status_code)
+    if response.status_code != 200 and response.is_success:
+        raise BoxerAPIError(f"{_status(response)} is no whole file", response.status_code)
+    return _checked(response).content
+
+
+def _checked(response: _Response) -> _Response:
+    """Return a successful response; raise the right error for any other."""
+    if not response.is_success:
+        raise _ERROR_OF_STATUS.get(response.status_code, BoxerAPIError)(_reason(response), response.status_code)
+    if response.is_cut:
+        raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.status_code)
+    coding = response.field("content-encoding").lower()
+    if coding not in ("", "identity"):
+        message = f"the answer came with Content-Encoding {_printable(coding)[:40]!r}, which was not asked for"
+        raise BoxerAPIError(message, response.status_code)
+    return response
+
+
+def _json_object(response: _Response) -> dict[str, Any]:
+    content = _checked(response).content
+    try:
+        return _decoded_json_object(content)
+    except ValueError as error:
+        shown = _printable(content[:80].decode("utf-8", "replace"))
+        message = f"the answer is not the JSON object it should be ({error}): {shown!r}"
+        raise BoxerAPIError(message, response.status_code) from error
+
+
+def _decoded_json_object(content: bytes) -> dict[str, Any]:
+    try:
+        value = _JSON_DECODER.decode(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}")
+    return value
+
+
+def _json_integer(digits: str) -> int:
+    if len(digits) > 40:  # the time to convert grows with the square of the length
+        raise ValueError("it has a number of more than 40 digits")
+    return int(digits)
+
+
+def _json_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON_DECODER = json.JSONDecoder(parse_int=_json_integer, parse_constant=_json_constant)
+
+
+def _reason(response: _Response) -> str:
+    """Return what the server says for itself in an error, however it was sent, as one line of a sane length."""
+    text = _server_error(response)
+    if text is None:
+        latin = re.search(r"charset=\"?(iso-8859-1|latin-?1)\b", response.field("content-type"), re.IGNORECASE)
+        text = response.content.decode("latin-1" if latin else "utf-8", "replace")
+        if text.lstrip()[:1] == "<":
+            text = re.sub(r"<(style|script|title)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+        text = f"{_status(response)}: {text}" if text.strip() else _status(response)
+    if 300 <= response.status_code < 400:
+        text += f" (redirects are not followed; Location: {response.field('location')})"
+    text = " ".join(_printable(text).split())
+    return text if len(text) <= _REASON_SIZE else text[:_REASON_SIZE] + " …"
+
+
+def _server_error(response: _Response) -> str | None:
+    """Return the text of the server's own `{"error": text}`; None if that is not what the content is."""
+    try:
+        error = _decoded_json_object(response.content).get("error")
+    except ValueError:
+        return None
+    return error if isinstance(error, str) and error.strip() else None
+
+
+def _status(response: _Response) -> str:
+    return f"{response.status_code} {response.reason}".strip()
+
+
+# ---- Policy ----------------------------------------------------------------------------------------------------------
+
+
+_CLIENTS: Any = ...  # the default of a parameter for which None has a meaning: the client's setting
+_LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
+
+
+class _Origin(NamedTuple):
+    """Where a client's requests go, and how, as read from its base URL and the environment."""
+
+    url: str  # without credentials
+    scheme: str
+    authority: str  # host, and port where it is not the scheme's own
+    next_hop: str  # the authority to connect to: the origin's own, or a proxy's
+    tunnel: str | None  # the authority to ask that proxy for, with CONNECT
+    prefix: str  # what a request target begins with: a path, or for a proxy a whole URL (RFC 9112, section 3.2.2)
+    fields: dict[str, str]  # of every request, names written as urllib's handlers look for them
+
+
+class _Route(NamedTuple):
+    """A way to an origin; connections of one route can stand in for each other."""
+
+    scheme: str
+    next_hop: str
+    tunnel: str | None
+    authorization: str | None  # for the proxy at the entry of the tunnel
+
+
+def _route(scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str]) -> _Route:
+    """Return the way of a request; what is for the proxy at the entry of a tunnel is taken out of its fields."""
+    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None) if tunnel else None)
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
+    if base_url is None:
+        base_url = os.environ.get("BOXER_URL") or "http://localhost:8080"
+    parts = _split_url(_text("base_url", base_url), "base_url")
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise BoxerValidationError("base_url must begin with http:// or https://")
+    if parts.query or parts.fragment:
+        raise BoxerValidationError("base_url must have no query and no fragment")
+    authority = _authority(parts, "base_url")
+    path = urllib.parse.quote(_utf8("base_url", parts.path), safe="/%:@!$&'()*+,;=~").rstrip("/")
+    url = f"{parts.scheme}://{authority}{path}"
+    fields = {"Host": re.sub("%[^]]*", "", authority), **_COMMON_FIELDS, **_basic("Authorization", parts)}
+    proxy = _proxy(parts, authority)
+    if proxy is None:
+        return _Origin(url, parts.scheme, authority, authority, None, path, {**fields, **_checked_fields(headers)})
+    fields.update(_basic("Proxy-authorization", proxy), **_checked_fields(headers))
+    tunnel, prefix = (None, url) if parts.scheme == "http" else (authority, path)
+    return _Origin(url, parts.scheme, authority, _authority(proxy, "the proxy"), tunnel, prefix, fields)
+
+
+def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
+    # The URL may hold a password, so no message shows it. urlsplit drops some controls silently: look first.
+    if not url.isprintable() or " " in url or "\\" in url:
+        raise BoxerValidationError(f"{name} has a space, a backslash or a control character in it")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise BoxerValidationError(f"{name} is not a URL with a host, such as http://localhost:8080")
+    return parts
+
+
+def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
+    host = parts.hostname or ""
+    try:
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+    except UnicodeError:
+        host = ""
+    if not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9._~-]+)?", host):
+        raise BoxerValidationError(f"the host in {name} is not a name or address")
+    host = f"[{host}]" if ":" in host else host
+    port = parts.port or _DEFAULT_PORTS[parts.scheme]
+    return host if port == _DEFAULT_PORTS[parts.scheme] else f"{host}:{port}"
+
+
+def _basic(name: str, parts: urllib.parse.SplitResult) -> dict[str, str]:
+    """Return the field for the credentials in a URL (RFC 7617), if there are any."""
+    if parts.username is None:
+        return {}
+    pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
+    return {name: "Basic " + base64.b64encode(pair).decode("ascii")}
+
+
+def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.SplitResult | None:
+    """Return the proxy that the environment names for a URL, as urllib reads it; none for this machine itself."""
+    url, host = urllib.request.getproxies().get(parts.scheme), parts.hostname or ""
+    if not url or host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host):
+        return None
+    if urllib.request.proxy_bypass(authority):
+        return None
+    proxy = _split_url(url if "://" in url else f"http://{url}", "the proxy")
+    if proxy.scheme != "http":
+        raise BoxerValidationError(f"{parts.scheme}_proxy must begin with http://: a proxy is spoken to in plain HTTP")
+    return proxy
+
+
+def _host_and_port(authority: str, default: int) -> tuple[str, int]:
+    host, colon, port = authority.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = authority, str(default)
+    return host.strip("[]"), int(port)
+
+
+_COMMON_FIELDS = {"User-agent": f"boxer-sdk/{__version__}", "Accept-encoding": "identity"}
+# Fields that the framing of a request, or what the client promises of itself, hangs on.
+_OWN_FIELDS = {"accept-encoding", "connection", "content-length", "content-type", "expect", "host", "keep-alive", "te"}
+_OWN_FIELDS |= {"trailer", "transfer-encoding", "upgrade"}
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
+
+
+def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not _TOKEN.fullmatch(_text("each name in headers", name)) or name.lower() in _OWN_FIELDS:
+            raise BoxerValidationError(f"{name!r} in headers is not a field name, or one that the client sets itself")
+        if not _text(f"the value of {name!r} in headers", value).isprintable() or max(value, default="") > "\xff":
+            raise BoxerValidationError(f"the value of {name!r} in headers has a character that a field cannot hold")
+    return {name.capitalize(): value.strip() for name, value in headers.items()}
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise BoxerValidationError(f"{name} must be a number of seconds above 0, or None for no limit, not {value!r}")
+    return float(value)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BoxerValidationError(f"{name} must be a whole number, {least} or more, not {value!r}")
+    return value
+
+
+# The server's race: the output of a short program that did run is lost. Each try is lost with a chance of about one in
+# three, so that one call in 10^7 uses up the allowance.
+_RACE = re.compile(r"read std(out|err): .*file already closed")
+_RACE_TRIES = 15
+# Reasons of the server for a 500 that another try will meet again.
+_LASTING = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
+
+
+class _Call:
+    """One call of a client's method: its deadline, and what may be tried again when a try has failed.
+
+    `timeout` bounds the wait for an answer as a whole. While `is_moving`, the content of a file is on its way, and
+    the deadline is pushed back whenever some of it has moved.
+    """
+
+    def __init__(self, request: _Request, timeout: float | None, retries: int | None, default_retries: int) -> None:
+        self.request = request
+        self.timeout = math.inf if timeout is None else timeout + request.allowance
+        self.is_moving = False
+        self._end = time.monotonic() + self.timeout
+        sent_once = request.has_network and retries is None
+        self._retries = 0 if sent_once else default_retries if retries is None else retries
+        self._race_tries = _RACE_TRIES if request.is_run and not request.has_network and self._retries else 0
+        self._tries = 0
+        self.abort: Callable[[], None] | None = None  # breaks off the try that is going on
+
+    def cancel(self) -> None:
+        """End the call from another thread."""
+        self.timeout = self._end = -math.inf
+        if self.abort is not None:
+            self.abort()
+
+    @property
+    def left(self) -> float:
+        """Seconds to the deadline, never more than an operating system can wait for; 0 or less: it has passed."""
+        return min(self._end - time.monotonic(), _LONGEST_WAIT)
+
+    def moved(self) -> None:
+        """Note that some content has moved."""
+        if self.is_moving:
+            self._end = time.monotonic() + self.timeout
+
+    def waited(self, seconds: float) -> None:
+        """Take out of account the wait for a free connection."""
+        self._end += seconds
+
+    def share(self, addresses: int) -> float:
+        """Seconds to try the next of so many addresses of a name: they share what is left."""
+        return max(0.001, self.left / addresses)
+
+    def no_connection(self, host: str, port: int, error: OSError | None) -> BoxerError:
+        """Return the error for a connection that could not be made."""
+        if self.left <= 0:
+            return self.timed_out(f"{host}:{port}")
+        return BoxerConnectionError(f"{host}:{port}: no connection could be made: {error}", request_sent=False)
+
+    def timed_out(self, peer: str) -> BoxerTimeoutError:
+        what = "no progress" if self.is_moving else "no complete answer"
+        return BoxerTimeoutError(f"{peer}: {what} within {self.timeout:g} s; the client gave up", 0)
+
+    def goes_once_more(self, error: BoxerConnectionError) -> bool:
+        """Decide whether a request goes out again, silently, because the kept connection it was sent on was dead."""
+        return self._can_be_sent and (not error.request_sent or self.request.method == "GET")
+
+    def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
+        """Decide what follows a try: another one after so many seconds, or (None) nothing."""
+        if (isinstance(outcome, _Response) and outcome.is_success) or not self._can_be_sent:
+            return None
+        if self._race_tries > 0 and isinstance(outcome, _Response) and _lost_race(outcome):
+            self._race_tries -= 1
+            return self._within_deadline(outcome, random.uniform(0.01, 0.05), logging.DEBUG)
+        if self._tries >= self._retries or not self._may_be_tried_again(outcome):
+            return None
+        self._tries += 1
+        pause = random.uniform(0.5, 1.0) * min(0.25 * 2**self._tries, 8.0)
+        if isinstance(outcome, _Response):
+            pause = max(pause, _retry_after(outcome.field("retry-after")))
+        return self._within_deadline(outcome, pause, logging.WARNING)
+
+    @property
+    def _can_be_sent(self) -> bool:
+        return not isinstance(self.request.body, _Multipart) or self.request.body.can_be_sent
+
+    def _may_be_tried_again(self, outcome: _Response | BoxerConnectionError) -> bool:
+        if isinstance(outcome, BoxerConnectionError):
+            if isinstance(outcome.__cause__, ssl.SSLCertVerificationError):
+                return False
+            return not outcome.request_sent or self.request.method == "GET"
+        if outcome.status_code == 500:
+            error = _server_error(outcome)
+            return error is not None and not error.startswith(_LASTING)
+        return outcome.status_code in (429, 503)
+
+    def _within_deadline(self, outcome: _Response | BoxerConnectionError, pause: float, level: int) -> float | None:
+        if pause >= self.left:
+            return None
+        path = self.request.target.partition("?")[0]
+        reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
+        _LOG.log(level, "%s %s: %s; trying again in %.2f s", self.request.method, path, reason[:200], pause)
+        return pause
+
+
+def _lost_race(response: _Response) -> bool:
+    return response.status_code == 500 and bool(_RACE.match(_server_error(response) or ""))
+
+
+def _retry_after(value: str) -> float:
+    """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is none."""
+    if re.fullmatch("[0-9]+", value):
+        return float(value)
+    try:
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    except (IndexError, OverflowError, TypeError, ValueError):
+        return 0.0
+
+
+# ---- Wire ------------------------------------------------------------------------------------------------------------
+#
+# RFC 9112, strictly: what could be read in two ways is an error, since the two readers may be a proxy and this client.
+#
+# A generator of steps yields one step after another and is sent what came of it:
+#
+#     step                what is to be done                                what is sent back
+#     bytes               send them; stop early if something arrives        None, or what arrived
+#     None                go on sending what is left; wait for bytes        what arrived
+#     a function          call it (it may block)                            what it returned
+#
+# What arrived is never empty, but at the end of the connection: b"". Then `_Connection.lost` says whether it was lost.
+# ----------------------------------------------------------------------------------------------------------------------
+
+_Step = Union[bytes, memoryview, None, Callable[[], Any]]
+_Steps = Generator[_Step, Any, _T]
+
+_HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
+_FIELD_LIMIT = 100
+_INTERIM_LIMIT = 20  # 1xx responses before the final one
+_CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
+_ERROR_LIMIT = 64 * 1024  # bytes of an error's content; what follows is of no use
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
+_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+
+
+class _ProtocolError(Exception):
+    """What arrived is not a complete response."""
+
+
+def _encoded_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    if not all(map(str.isprintable, lines)):
+        raise BoxerValidationError("a part of the request's head has a control character in it")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class _Decoder:
+    """Decode the response to one request from bytes as they arrive.
+
+    `response` is there once its head is, with its content once `is_complete`; then `is_reusable` tells whether another
+    request may follow on the connection, and `has_excess` whether anything came after the response.
+    """
+
+    def __init__(self, method: str, content_limit: int | None) -> None:
+        self.response: _Response | None = None
+        self.is_complete = self.is_reusable = self.has_excess = False
+        self._buffer = b""
+        self._at = 0  # where in the buffer what is not decoded yet begins
+        self._content = io.BytesIO()  # its getvalue() shares the buffer: content is in memory once
+        self._ends_with_connection = False
+        self._decoding = self._decode(method, content_limit)
+        next(self._decoding)
+
+    def feed(self, data: bytes) -> None:
+        """Decode what arrived."""
+        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
+        self._at = 0
+        next(self._decoding, None)
+        self.has_excess = self.is_complete and self._at < len(self._buffer)
+        self.is_reusable = self.is_reusable and not self.has_excess
+
+    def end(self, clean: bool) -> None:
+        """Decode the end of the connection."""
+        if self.response is None:
+            rest = self._buffer[self._at :]
+            raise _ProtocolError("the connection ended within the head" if rest else "it closed before an answer came")
+        if not self._ends_with_connection or not clean:
+            raise _ProtocolError(f"the connection ended within the content, after {self._content.tell()} bytes of it")
+        self._complete(self.response)
+
+    def _complete(self, response: _Response) -> None:
+        response.content = self._content.getvalue()
+        self.is_complete = True
+
+    # In what follows, a bare yield waits for more bytes.
+
+    def _decode(self, method: str, content_limit: int | None) -> Iterator[None]:
+        yield
+        minor, response = yield from self._final_head()
+        self.response = response
+        options = re.split(r"[ \t]*,[ \t]*", response.field("connection").lower())
+        self.is_reusable = minor > 0 and "close" not in options
+        limit = content_limit if response.is_success else _ERROR_LIMIT
+        # Where the content ends: RFC 9112, section 6.3.
+        length, coding = response.field("content-length"), response.field("transfer-encoding")
+        if response.status_code in (204, 304) or (method == "CONNECT" and response.is_success):
+            pass
+        elif coding:
+            if minor == 0 or length or coding.lower() != "chunked":
+                raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
+            yield from self._take_chunks(response, limit)
+        elif length:
+            yield from self._take(_decoded_length(length), response, limit)
+        else:
+            self.is_reusable, self._ends_with_connection = False, True
+            yield from self._take(sys.maxsize, response, limit)
+        self.is_reusable = self.is_reusable and not response.is_cut
+        self._complete(response)
+
+    def _final_head(self) -> Generator[None, None, tuple[int, _Response]]:
+        """Return the minor version, and the response but for its content; go past interim responses."""
+        for _ in range(_INTERIM_LIMIT + 1):
+            head = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head", begins=b"HTTP/1.")
+            line, *lines = head.split(b"\r\n")
+            match = _STATUS_LINE.fullmatch(line)
+            if not match:
+                raise _ProtocolError(f"the status line is malformed: {line[:80]!r}")
+            fields = _decoded_fields(lines)
+            if match[2] == b"101":
+                raise _ProtocolError("it switched to another protocol, which was not asked for")
+            if match[2] >= b"200":
+                return int(match[1]), _Response(int(match[2]), (match[3] or b"").decode("latin-1"), fields)
+        raise _ProtocolError("there were too many interim answers")
+
+    def _until(self, delimiter: bytes, limit: int, what: str, begins: bytes = b"") -> Generator[None, None, bytes]:
+        """Return what precedes a delimiter, and go past it."""
+        searched = 0
+        while True:
+            if not begins.startswith(self._buffer[self._at : self._at + len(begins)]):
+                raise _ProtocolError(
+                    f"it does not speak HTTP/1.1; {what} begins with {self._buffer[self._at :][:16]!r}"
+                )
+            end = self._buffer.find(delimiter, self._at + searched)
+            length = (end if end >= 0 else len(self._buffer) - len(delimiter) + 1) - self._at
+            if length > limit:
+                raise _ProtocolError(f"{what} is longer than {limit} bytes")
+            if end >= 0:
+                start, self._at = self._at, end + len(delimiter)
+                return self._buffer[start:end]
+            if _BARE_LF.search(self._buffer, self._at + searched):
+                raise _ProtocolError(f"a line of {what} does not end with CRLF")
+            searched = max(0, length)
+            yield
+
+    def _take(self, left: int, response: _Response, limit: int | None) -> Iterator[None]:
+        """Take so many bytes of content; stop at the limit."""
+        while left > 0:
+            size = min(left, len(self._buffer) - self._at)
+            room = size if limit is None else min(size, limit - self._content.tell())
+            self._content.write(memoryview(self._buffer)[self._at : self._at + room])
+            self._at += room
+            left -= size
+            if room < size:
+                response.is_cut = True
+                return
+            if left > 0:
+                yield
+
+    def _take_chunks(self, response: _Response, limit: int | None) -> Iterator[None]:
+        while True:
+            line = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
+            match = _CHUNK_HEAD.fullmatch(line)
+            if not match:
+                raise _ProtocolError(f"the size of a chunk is malformed: {line[:40]!r}")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            yield from self._take(size, response, limit)
+            if response.is_cut:
+                return
+            yield from self._until(b"\r\n", 0, "the end of a chunk")
+        # Of the trailer section, nothing is of use. It is a CRLF if it is empty, and else ends with an empty line.
+        while self._buffer[self._at : self._at + 2] in (b"", b"\r"):
+            yield
+        if self._buffer.startswith(b"\r\n", self._at):
+            self._at += 2
+        else:
+            lines = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
+            _decoded_fields(lines.split(b"\r\n"))
+
+
+def _decoded_fields(lines: list[bytes]) -> list[tuple[str, str]]:
+    if len(lines) > _FIELD_LIMIT:
+        raise _ProtocolError(f"there are more than {_FIELD_LIMIT} fields")
+    fields = []
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise _ProtocolError(f"a field line is malformed: {line[:80]!r}")
+        fields.append((match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")))
+    return fields
+
+
+def _decoded_length(value: str) -> int:
+    """Decode Content-Length; repeated, it is valid if it says the same each time (RFC 9112, section 6.3)."""
+    lengths = set(re.split(r"[ \t]*,[ \t]*", value))
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", value.partition(",")[0]):
+        raise _ProtocolError(f"Content-Length {value[:40]!r} is not a length")
+    return int(lengths.pop())
+
+
+_TLS_RECORD = 16 * 1024  # the most that one record can hold
+
+
+class _Tls:
+    """TLS as steps around the steps of what is said through it."""
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.has_ended = False  # with a close_notify
+        self.lost: ssl.SSLError | None = None  # ended without
+
+    def handshake(self) -> _Steps[None]:
+        """Come to terms with the server; raise ssl.SSLError if that fails."""
+        while True:
+            try:
+                self._object.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                is_done = False
+            received = yield from self._flush()
+            if is_done and received is None:
+                return
+            if received is None:
+                received = yield None
+            self._put(received)
+
+    def carry(self, steps: _Steps[_T]) -> _Steps[_T]:
+        """Carry out steps over TLS."""
+        try:
+            step = next(steps)
+            while True:
+                if callable(step):
+                    outcome = yield step
+                elif step is None:
+                    outcome = yield from self._receive()
+                else:
+                    outcome = yield from self._send(step)
+                step = steps.send(outcome)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the steps return
+
+    def decrypted(self, data: bytes) -> bytes:
+        """Decrypt what arrived; it may come to nothing, as session tickets do."""
+        self._put(data)
+        pieces = []
+        try:
+            while not self.has_ended:
+                pieces.append(self._object.read(_TLS_RECORD))
+                self.has_ended = not pieces[-1]
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.has_ended = True
+        except ssl.SSLEOFError as error:
+            self.lost = error
+        return b"".join(pieces)
+
+    def _put(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self) -> _Steps[bytes | None]:
+        if not self._outgoing.pending:
+            return None
+        received: bytes | None = yield self._outgoing.read()
+        return received
+
+    def _send(self, plain: bytes | memoryview) -> _Steps[bytes | None]:
+        if self._is_over:
+            return b""
+        self._object.write(plain)
+        received = yield from self._flush()
+        plain = b"" if received is None else self.decrypted(received)
+        return plain if plain or self._is_over else None
+
+    def _receive(self) -> _Steps[bytes]:
+        while not self._is_over:
+            plain = self.decrypted((yield None))
+            # An answer of TLS's own, to a request for new keys, say; what arrives meanwhile is not lost.
+            received = yield from self._flush()
+            if received is not None:
+                plain += self.decrypted(received)
+            if plain:
+                return plain
+        return b""
+
+    @property
+    def _is_over(self) -> bool:
+        return self.has_ended or self.lost is not None
+
+
+class _Connection:
+    """A connection, but for the moving of bytes: what is said over it, and what became of it."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.was_used = self.is_idle = False
+        self.is_reusable = False  # the last exchange left it fit for another one
+        self.idle_since = 0.0
+        self.has_sent = False  # some of the request that is being exchanged
+        self.lost: Exception | None = None  # why the connection ended, if not by a proper close
+        self._tls: _Tls | None = None
+        self._refusal: _Response | None = None
+
+    def opening(self, route: _Route, context: ssl.SSLContext | None, call: _Call) -> _Steps[None]:
+        """Make a way to the origin over a connection that has just been made: through the proxy, and TLS."""
+        try:
+            if route.tunnel is not None:
+                yield from self._tunnel(route, call)
+            if context is not None and self._refusal is None:
+                host, _ = _host_and_port(route.tunnel or route.next_hop, 443)
+                tls = _Tls(context, host.partition("%")[0])
+                yield from tls.handshake()
+                self._tls = tls
+        except _ProtocolError as error:
+            raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from self.lost or error
+        except ssl.SSLError as error:
+            raise BoxerConnectionError(f"{self.peer}: TLS failed: {error}", request_sent=False) from error
+
+    def _tunnel(self, route: _Route, call: _Call) -> _Steps[None]:
+        host, port = _host_and_port(route.tunnel or "", 443)
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        fields = {"Host": authority, "User-agent": _COMMON_FIELDS["User-agent"]}
+        if route.authorization:
+            fields["Proxy-authorization"] = route.authorization
+        decoder = _Decoder("CONNECT", _ERROR_LIMIT)
+        yield from self._conversation(_encoded_head("CONNECT", authority, fields), b"", decoder, call)
+        if decoder.response is not None and not decoder.response.is_success:
+            self._refusal = decoder.response
+        elif decoder.has_excess:
+            raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
+
+    def exchange(self, head: bytes, call: _Call) -> _Steps[_Response]:
+        """Send a request and receive its response; a proxy's refusal to open a tunnel is the response to it."""
+        if self._refusal is not None:
+            return self._refusal
+        self.has_sent = self.is_reusable = False
+        self.was_used = True
+        decoder = _Decoder(call.request.method, call.request.content_limit)
+        steps = self._conversation(head, call.request.body, decoder, call)
+        try:
+            was_sent = yield from (self._tls.carry(steps) if self._tls else steps)
+        except (_ProtocolError, ssl.SSLError) as error:
+            raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from self._loss or error
+        self.is_reusable = was_sent and decoder.is_reusable
+        assert decoder.response is not None  # a conversation ends when the decoder has completed it
+        return decoder.response
+
+    @property
+    def _loss(self) -> Exception | None:
+        return self.lost or (self._tls.lost if self._tls else None)
+
+    def _conversation(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, call: _Call) -> _Steps[bool]:
+        """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
+        pieces: Iterator[bytes | memoryview] | None
+        step: _Step
+        if isinstance(body, bytes):
+            pieces, may_block, step = None, False, head + body
+        else:
+            pieces, may_block = body.pieces(), body.may_block
+            step = head + next(pieces)
+        call.is_moving = pieces is not None
+        while True:
+            received = yield step
+            if received is not None:
+                if received:
+                    decoder.feed(received)
+                else:
+                    decoder.end(clean=self._loss is None)
+                call.moved()
+                if decoder.is_complete:
+                    return pieces is None
+            step = None
+            if decoder.response is not None:
+                call.is_moving = call.request.content_limit is None and decoder.response.is_success
+            elif pieces is not None:
+                following = functools.partial(next, pieces, None)
+                step = (yield following) if may_block else following()
+                if step is None:  # all is sent: from now on the answer as a whole is waited for
+                    pieces, call.is_moving = None, False
+
+    def accepts(self, data: bytes) -> bool:
+        """Tell whether what arrived while nothing was asked for leaves the connection fit for use."""
+        if self._tls is None or not data:
+            return False
+        try:
+            return not self._tls.decrypted(data) and not self._tls.has_ended
+        except ssl.SSLError:
+            return False
+
+    def is_quiet(self) -> bool:
+        """Tell whether the connection is open, and nothing has arrived on it that was not asked for."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the connection at once."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Break off what is going on over the connection, from another thread or task."""
+        self.lost = self.lost or ConnectionAbortedError("broken off by this client")
+
+
+# ---- Both clients ----------------------------------------------------------------------------------------------------
+
+# Seconds after which an idle connection is not used any more: servers and what stands before them close theirs after
+# 5 s or more, and a request that meets the close on its way is lost.
+_IDLE_LIMIT = 4.0
+
+
+class _Pool(Generic[_C]):
+    """The connections of a client: those that are idle, by route, and those in use."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._lock = threading.Lock()
+        self._idle: dict[_Route, list[_C]] = {}
+        self._busy: set[_C] = set()
+
+    def take(self, route: _Route) -> _C | None:
+        """Return an idle connection that is fit for use."""
+        oldest = time.monotonic() - _IDLE_LIMIT
+        while True:
+            with self._lock:
+                if not self._idle.get(route):
+                    return None
+                connection = self._idle[route].pop()
+                self._busy.add(connection)
+            connection.is_idle = False
+            if connection.idle_since > oldest and connection.is_quiet():
+                return connection
+            self.drop(connection)
+
+    def add(self, connection: _C) -> _C:
+        """Take in a new connection, as one in use."""
+        with self._lock:
+            self._busy.add(connection)
+        if self.is_closed:
+            self.drop(connection)
+            raise BoxerConnectionError(f"{connection.peer}: the client was closed", request_sent=False)
+        return connection
+
+    def give_back(self, route: _Route, connection: _C) -> None:
+        """Keep a connection if it may be used again, and close one that has been idle for too long."""
+        now = time.monotonic()
+        unfit = connection
+        with self._lock:
+            self._busy.discard(connection)
+            idle = self._idle.setdefault(route, [])
+            if connection.is_reusable and not self.is_closed:
+                connection.is_idle, connection.idle_since = True, now
+                idle.append(connection)
+                if idle[0].idle_since >= now - _IDLE_LIMIT:
+                    return
+                unfit = idle.pop(0)
+        unfit.close()
+
+    def drop(self, connection: _C) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+        connection.close()
+
+    def connections(self) -> list[_C]:
+        return [*self._busy, *(connection for idle in self._idle.values() for connection in idle)]
+
+    def close(self) -> None:
+        """Close what is idle, and break off what is in use."""
+        with self._lock:
+            self.is_closed = True
+            connections = self.connections()
+            self._idle.clear()
+        for connection in connections:
+            connection.close() if connection.is_idle else connection.abort()
+
+
+class _Client:
+    """The settings of a client, and what both kinds make of them."""
+
+    def __init__(
+        self,
+        base_url: str | None,
+        timeout: float | None,
+        retries: int,
+        max_connections: int,
+        headers: Mapping[str, str] | None,
+        ssl_context: ssl.SSLContext | None,
+    ) -> None:
+        self._is_closed = True  # until it is fit for use, there is nothing to close
+        self._settings: dict[str, Any] = {
+            "base_url": base_url,
+            "timeout": _seconds("timeout", timeout),
+            "retries": _count("retries", retries, 0),
+            "max_connections": _count("max_connections", max_connections, 1),
+            "headers": headers and dict(headers),
+            "ssl_context": ssl_context,
+        }
+        self._origin = _origin(base_url, headers or {})
+        self._context = _tls_context(self._origin.scheme, ssl_context)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._origin.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._settings
+
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        self.__init__(**settings)  # type: ignore[misc]  # a pickled client is made anew
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._drop_connections()
+
+    def _drop_connections(self) -> None:
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{self!r} is closed")
+
+    def _call(self, request: _Request, timeout: float | None, retries: int | None) -> _Call:
+        self._check_open()
+        seconds = self._settings["timeout"] if timeout is _CLIENTS else _seconds("timeout", timeout)
+        if retries is not None:
+            _count("retries", retries, 0)
+        return _Call(request, seconds, retries, self._settings["retries"])
+
+
+def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
+    if scheme == "http":
+        return None
+    return context or ssl.create_default_context()
+
+
+# ---- Sync client -----------------------------------------------------------------------------------------------------
+
+# poll() where there is one: select() cannot watch a descriptor above 1023.
+_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class _SyncConnection(_Connection):
+    """A connection over a non-blocking socket."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        super().__init__(peer)
+        self._socket = sock
+        self._unsent = memoryview(b"")
+        self._selector = _Selector()
+        self._watched = selectors.EVENT_READ
+        self._selector.register(sock, self._watched)
+
+    def run(self, steps: _Steps[_T], call: _Call) -> _T:
+        """Carry out steps."""
+        call.abort = self.abort
+        try:
+            outcome = None
+            while True:
+                step = steps.send(outcome)
+                outcome = step() if callable(step) else self._move(step, call)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the steps return
+        finally:
+            call.abort = None
+
+    def _move(self, step: bytes | memoryview | None, call: _Call) -> bytes | None:
+        """Send bytes until they are sent or some arrive; or wait until some arrive."""
+        if step is not None:
+            self._unsent = memoryview(bytes(self._unsent) + step if self._unsent else step)
+            self._send(call)
+            if not (self._unsent or self.lost or call.is_moving):
+                return None
+        while True:
+            # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
+            is_sent = step is not None and not self._unsent and not self.lost
+            events = self._wait(call, 0 if is_sent else call.left)
+            if events & selectors.EVENT_READ:
+                received = self._receive()
+                if received is not None:
+                    return received
+            if events & selectors.EVENT_WRITE:
+                self._send(call)
+            elif is_sent:
+                return None
+
+    def _wait(self, call: _Call, seconds: float) -> int:
+        watched = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+        if watched != self._watched:
+            self._selector.modify(self._socket, watched)
+            self._watched = watched
+        if call.left <= 0:
+            raise call.timed_out(self.peer)
+        ready = self._selector.select(seconds)
+        return ready[0][1] if ready else 0
+
+    def _send(self, call: _Call) -> None:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+                self.has_sent = True
+                call.moved()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:  # what the server said before may still be there to be read
+            self.lost = error
+            self._unsent = memoryview(b"")
+
+    def _receive(self) -> bytes | None:
+        try:
+            return self._socket.recv(_PIECE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            self.lost = error
+            return b""
+
+    def is_quiet(self) -> bool:
+        received = self._receive()
+        return received is None or self.accepts(received)
+
+    def close(self) -> None:
+        self._selector.close()
+        self._socket.close()
+
+    def abort(self) -> None:
+        super().abort()
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(host: str, port: int, call: _Call) -> _SyncConnection:
+    """Connect to the first of a name's addresses that lets it."""
+    try:
+        # As bytes, since Python would refuse some names with an error of its own.
+        addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise call.no_connection(host, port, error) from error
+    last: OSError | None = None
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(call.share(len(addresses) - position))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setblocking(False)
+            return _SyncConnection(sock, f"{host}:{port}")
+        except OSError as error:
+            sock.close()
+            last = error
+        except BaseException:
+            sock.close()
+            raise
+    raise call.no_connection(host, port, last) from last
+
+
+class _OpenerRequest(urllib.request.Request):
+    """A request for an opener whose parts are known: the base class would parse its URL and rename its fields.
+
+    It carries the whole request body as `data`, and the _Call as `timeout`, which handlers pass on untouched.
+    """
+
+    full_url: str = ""  # in place of the base's properties
+    data: Any = None
+
+    def __init__(self, origin: _Origin, request: _Request) -> None:
+        self.type = origin.scheme
+        self.host = origin.next_hop
+        self._tunnel_host = origin.tunnel
+        self.selector = origin.prefix + request.target
+        self.full_url = f"{origin.url}{request.target}"
+        self.data = request.body or None
+        self.method = request.method
+        self.headers = {**origin.fields, **request.fields}
+        self.unredirected_hdrs: dict[str, str] = {}
+        self.fragment = None
+        self.origin_req_host = origin.authority
+        self.unverifiable = False
+
+
+class _ConnectionHandler(urllib.request.BaseHandler):
+    """What an opener sends requests with: it keeps connections, and speaks Wire over them."""
+
+    def __init__(self, max_connections: int, context: ssl.SSLContext | None) -> None:
+        self._size = max_connections
+        self._context = context
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        self._process = os.getpid()
+        self._pool: _Pool[_SyncConnection] = _Pool()
+        self._slots = threading.Semaphore(self._size)
+
+    def http_open(self, request: Any) -> _Response:
+        call: _Call = request.timeout
+        fields = {**request.headers, **request.unredirected_hdrs}
+        route = _route(request.type, request.host, request._tunnel_host, fields)
+        head = _encoded_head(request.get_method(), request.selector, fields)
+        if self._process != os.getpid():  # in a forked child: its parent goes on with the connections
+            self._leave_to_parent()
+        slots = self._slots
+        if not slots.acquire(blocking=False):
+            since = time.monotonic()
+            slots.acquire()
+            call.waited(time.monotonic() - since)
+        try:
+            return self._exchange(self._pool, route, head, call)
+        finally:
+            slots.release()
+
+    https_open = http_open
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Offer an error to the handlers that a user has added, such as one that answers a 401."""
+        if 200 <= response.code < 300:
+            return response
+        return self.parent.error("http", request, response, response.code, response.msg, response.info())
+
+    https_response = http_response
+
+    def http_error_default(self, _request: Any, response: Any, *_: Any) -> Any:
+        return response
+
+    def _exchange(self, pool: _Pool[_SyncConnection], route: _Route, head: bytes, call: _Call) -> _Response:
+        connection = pool.take(route)
+        if connection is not None:
+            try:
+                return self._exchange_over(connection, pool, route, head, call)
+            except BoxerConnectionError as error:
+                if not call.goes_once_more(error):
+                    raise
+        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
+        connection = pool.add(_connect(host, port, call))
+        return self._exchange_over(connection, pool, route, head, call)
+
+    def _exchange_over(
+        self, connection: _SyncConnection, pool: _Pool[_SyncConnection], route: _Route, head: bytes, call: _Call
+    ) -> _Response:
+        try:
+            if not connection.was_used:
+                context = _tls_context(route.scheme, self._context)
+                connection.run(connection.opening(route, context, call), call)
+            response = connection.run(connection.exchange(head, call), call)
+        except BaseException:
+            pool.drop(connection)
+            raise
+        pool.give_back(route, connection)
+        return response
+
+    def _leave_to_parent(self) -> None:
+        inherited = self._pool
+        self._make_pool()
+        for connection in inherited.connections():
+            connection.close()
+
+    def drop_connections(self) -> None:
+        if self._process != os.getpid():
+            self._leave_to_parent()
+        self._pool.close()
+
+
+class BoxerClient(_Client):
+    """A client of a Boxer server that blocks. Any number of threads may share it; use it with `with`, or close it.
+
+    base_url: of the server, as http:// or https://. It may have credentials (sent as `Authorization: Basic`), a path
+        prefix, an IPv6 address. Default: $BOXER_URL, then http://localhost:8080.
+    timeout: seconds to wait for an answer as a whole; a run's `wall_clock_secs` is added. For the content of a file,
+        up or down, it is the time without progress instead. None waits for ever.
+    retries: how often to try again after the server has said that a request is over or never began (429, 503, its own
+        500), or could not be reached. 0 also turns off what makes up for the server's race between short runs.
+    max_connections: how many there may be at once; further calls wait, which does not count against their timeout.
+    headers: header fields to add to each request.
+    ssl_context: for https, in place of the default one: with a private CA, say, or a client certificate.
+    handlers: of urllib.request, to add to the opener: for digest authentication, or cookies.
+
+    The proxy for the server, if any, is what the environment names (http_proxy, https_proxy, no_proxy).
+
+    Every method raises BoxerValidationError before anything is sent, BoxerConnectionError if no answer came,
+    BoxerTimeoutError when time is up, and BoxerAPIError for any other answer than the one asked for. Each takes its
+    own `timeout` and `retries` in place of the client's.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        timeout: float | None = 120.0,
+        *,
+        retries: int = 2,
+        max_connections: int = 100,
+        headers: Mapping[str, str] | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        handlers: Iterable[urllib.request.BaseHandler] = (),
+    ) -> None:
+        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
+        self._settings["handlers"] = tuple(handlers)
+        self._handler = _ConnectionHandler(max_connections, self._context)
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (self._handler, *self._settings["handlers"]):
+            self._opener.add_handler(handler)
+        self._is_closed = False
+
+    def __enter__(self) -> BoxerClient:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; calls that are going on in other threads end with BoxerConnectionError."""
+        self._is_closed = True
+        self._drop_connections()
+
+    def _drop_connections(self) -> None:
+        self._handler.drop_connections()
+
+    def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
+        """Return True if the server says that it is well, False if it answers anything else."""
+        return _is_healthy(self._exchange(self._call(_health_request(), timeout, retries)))
+
+    def run(
+        self,
+        image: str,
+        cmd: Sequence[str],
+        *,
+        env: Mapping[str, str] | Iterable[str] | None = None,
+        cwd: str | None = None,
+        limits: ResourceLimits | Mapping[str, Any] | None = None,
+        files: Sequence[str] | None = None,
+        persist: bool = False,
+        network: str | None = None,
+        check: bool = False,
+        timeout: float | None = _CLIENTS,
+        retries: int | None = None,
+    ) -> RunResult:
+        """Run a command in a new sandbox and return what came of it.
+
+        image: a container image, such as "python:3.12-slim". It is pulled first if need be, outside of all limits.
+        cmd: the program and its arguments.
+        env: environment variables, as a mapping or a list of `NAME=value`.
+        cwd: the working directory, made if it does not exist. Default: /.
+        limits: ResourceLimits, or a mapping with the same keys.
+        files: paths of uploaded files or folders, which the sandbox has read-only at /<path>.
+        persist: keep `files` and what was written to /output; else both are deleted after a successful run.
+        network: "none" (the default), "sandbox" or "host". With a network a run is sent only once, unless `retries`
+            is given here, since it may have been seen from outside.
+        check: raise BoxerExitError if the exit code is not 0.
+
+        Raises BoxerTimeoutError with status_code 408 when `wall_clock_secs` is over, and BoxerOutputLimitError when
+        stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
+        """
+        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        return _run_result(self._exchange(self._call(request, timeout, retries)), check)
+
+    def upload_file(
+        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENTS, retries: int | None = None
+    ) -> None:
+        """Upload content into the server's store.
+
+        remote_path: below the store, with `/` between folders, which are made; what is there is replaced.
+        content: bytes, text (sent as UTF-8), or a binary file, streamed from its start if it can be sought.
+
+        Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
+        """
+        _check_uploaded(self._exchange(self._call(_upload_request(remote_path, content), timeout, retries)))
+
+    def upload_path(
+        self,
+        local_path: str | os.PathLike[str],
+        remote_path: str | None = None,
+        *,
+        timeout: float | None = _CLIENTS,
+        retries: int | None = None,
+    ) -> list[str]:
+        """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
+
+        remote_path: of the file, or of the folder. Default: the name of either.
+
+        Raises BoxerValidationError, before anything is sent, for what is neither file nor folder, and for a link that
+        leaves the folder, leads nowhere, or to a folder it is in. Several files are sent at a time; each has a
+        deadline of its own.
+        """
+        files = _local_files(local_path, remote_path)
+        calls: list[_Call] = []
+
+        def upload(file: tuple[Path, str]) -> None:
+            with open(file[0], "rb") as content:
+                calls.append(self._call(_upload_request(file[1], content), timeout, retries))
+                _check_uploaded(self._exchange(calls[-1]))
+
+        _for_each(upload, files, calls)
+        return [remote for _, remote in files]
+
+    def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
+        """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
+        return _file_content(self._exchange(self._call(_download_request(path), timeout, retries)))
+
+    def _exchange(self, call: _Call) -> _Response:
+        while True:
+            self._check_open()
+            try:
+                response = self._opened(call)
+                pause = call.pause_after(response)
+                if pause is None:
+                    return response
+            except BoxerConnectionError as error:
+                pause = None if self._is_closed else call.pause_after(error)
+                if pause is None:
+                    raise
+            time.sleep(pause)
+
+    def _opened(self, call: _Call) -> _Response:
+        request = _OpenerRequest(self._origin, call.request)
+        try:
+            response = self._opener.open(request, timeout=call)  # type: ignore[arg-type]  # see _OpenerRequest
+        except urllib.error.HTTPError as error:  # only from a handler that the user has added, as any other response
+            response = error
+        except urllib.error.URLError as error:
+            raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
+        return response if isinstance(response, _Response) else _adopted(response)
+
+
+def _adopted(response: Any) -> _Response:
+    """Return a response of one of urllib's own classes as one of ours."""
+    with response:
+        fields = [(name.lower(), value) for name, value in response.headers.items()]
+        adopted = _Response(response.code, str(response.reason), fields)
+        adopted.content = response.read() if response.fp else b""
+    return adopted
+
+
+_AT_A_TIME = 8  # files, when a folder is sent
+
+
+def _for_each(function: Callable[[_T], None], items: Sequence[_T], calls: list[_Call]) -> None:
+    """Call a function for each item, in several threads; when one fails, or the caller is interrupted, end `calls`."""
+    if len(items) < 2:
+        for item in items:
+            function(item)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # not needed by those who send no folder
+
+    with ThreadPoolExecutor(min(_AT_A_TIME, len(items))) as executor:
+        try:
+            for _ in executor.map(function, items):
+                pass
+        except BaseException:
+            for call in calls:
+                call.cancel()
+            raise
+
+
+# ---- Async client ----------------------------------------------------------------------------------------------------
+
+
+class _AsyncConnection(_Connection, asyncio.Protocol):
+    """A connection over an asyncio transport.
+
+    A transport and not a StreamReader: that would copy everything once more and cost as much again as all the rest, and
+    it cannot say what came before a reset. TLS is in the steps, since transports do not tell a connection that was
+    cut off from one that was closed, and cannot begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        super().__init__(peer)
+        self._loop = asyncio.get_running_loop()
+        self._socket = sock
+        self._transport: asyncio.Transport | None = None
+        self._arrived: collections.deque[bytes] = collections.deque()
+        self._has_ended = False
+        self._is_blocked = False  # more is to be sent than the transport wants to hold
+        self._unsent = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self, steps: _Steps[_T], call: _Call) -> _T:
+        """Carry out steps."""
+        try:
+            outcome = None
+            while True:
+                step = steps.send(outcome)
+                if callable(step):
+                    outcome = await self._loop.run_in_executor(None, step)
+                else:
+                    outcome = await self._move(step, call)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the steps return
+
+    async def _move(self, step: bytes | memoryview | None, call: _Call) -> bytes | None:
+        """Send bytes until they are sent or some arrive; or wait until some arrive."""
+        if step is not None:
+            self._send(step, call)
+            if call.is_moving:
+                await asyncio.sleep(0)  # for the answer that may have come, and for other tasks
+        while not self._arrived and not self._has_ended:
+            if step is not None and not self._is_blocked:
+                return None
+            await self._wait(call)
+        received = self._arrived.popleft() if self._arrived else b""
+        if self._transport is not None:
+            self._transport.resume_reading()
+        return received
+
+    def _send(self, data: bytes | memoryview, call: _Call) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._transport.write(data)
+        # A write that fails at once begins to close the transport: then nothing of it was sent.
+        self.has_sent = self.has_sent or not self._transport.is_closing()
+        call.moved()
+
+    async def _wait(self, call: _Call) -> None:
+        """Wait until there is news, or the deadline comes, which what has left the transport meanwhile pushes back."""
+        unsent = self._transport.get_write_buffer_size() if self._transport else 0
+        if unsent < self._unsent:
+            call.moved()
+        self._unsent = unsent
+        if call.left <= 0:
+            raise call.timed_out(self.peer)
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_later(call.left, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._arrived.append(data)
+        if len(self._arrived) > 4 and self._transport is not None:
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self._has_ended = True
+        self._wake()
+        return not self.is_idle  # an idle connection closes itself
+
+    def pause_writing(self) -> None:
+        self._is_blocked = True
+
+    def resume_writing(self) -> None:
+        self._is_blocked = False
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if error is not None:
+            self.lost = error
+            self._salvage()
+        self._has_ended = True
+        self._transport = None
+        self._wake()
+        self.closed.set_result(None)
+
+    def _salvage(self) -> None:
+        """Take what the server said before the connection was reset, which the transport leaves behind."""
+        try:
+            for _ in range(16):
+                received = self._socket.recv(_PIECE)
+                if not received:
+                    break
+                self._arrived.append(received)
+        except OSError:
+            pass
+
+    def is_quiet(self) -> bool:
+        while self._arrived:
+            if not self.accepts(self._arrived.popleft()):
+                return False
+        if self._has_ended or self._transport is None or self._transport.is_closing():
+            return False
+        try:  # what the loop has yet to see
+            return self.accepts(self._socket.recv(_PIECE))
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            self._socket.close()
+        elif self._transport is not None:
+            self._transport.abort()
+
+    def abort(self) -> None:
+        super().abort()
+        self.close()
+
+
+async def _connect_async(host: str, port: int, call: _Call) -> _AsyncConnection:
+    """Connect to the first of a name's addresses that lets it."""
+    loop = asyncio.get_running_loop()
+    try:
+        addresses = await _within(call.left, loop.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
+    except OSError as error:
+        raise call.no_connection(host, port, error) from error
+    last: OSError | None = None
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await _within(call.share(len(addresses) - position), loop.sock_connect(sock, address))
+            connection = _AsyncConnection(sock, f"{host}:{port}")
+            await loop.create_connection(lambda made=connection: made, sock=sock)  # type: ignore[misc]  # a default
+            return connection
+        except OSError as error:
+            sock.close()
+            last = error
+        except BaseException:
+            sock.close()
+            raise
+    raise call.no_connection(host, port, last) from last
+
+
+async def _within(seconds: float, awaitable: Awaitable[_T]) -> _T:
+    """Do what asyncio.wait_for does, which before Python 3.12 can lose a cancellation."""
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+    if task.cancelled():
+        raise socket.timeout("timed out")
+    return task.result()
+
+
+class _AsyncPool(_Pool[_AsyncConnection]):
+    """The connections of an AsyncBoxerClient within one event loop, and the turns to have one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.loop = asyncio.get_running_loop()
+        self._free = size
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._end = self._loop_end()
+
+    async def acquire(self, call: _Call) -> None:
+        """Wait, first come, first served, until one more connection may be in use."""
+        if self._free > 0:
+            self._free -= 1
+            return
+        since = time.monotonic()
+        turn = self.loop.create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release()
+            raise
+        call.waited(time.monotonic() - since)
+
+    def release(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+    async def connect(self, route: _Route, call: _Call) -> _AsyncConnection:
+        async for _ in self._end:
+            break
+        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
+        return self.add(await _connect_async(host, port, call))
+
+    async def _loop_end(self) -> AsyncGenerator[None, None]:
+        # A loop that ends as asyncio.run ends it closes the asynchronous generators that began in it, and with this
+        # one the connections of a client that was not closed.
+        try:
+            while True:
+                yield
+        finally:
+            self.close()
+
+    async def aclose(self) -> None:
+        connections = self.connections()
+        await self._end.aclose()
+        self.close()
+        for connection in connections:
+            await connection.closed
+
+    def leave(self) -> None:
+        """Close everything from another loop, or after the end of this one."""
+        if self.loop.is_closed():
+            self.close()
+        else:
+            self.loop.call_soon_threadsafe(self.close)
+
+
+class AsyncBoxerClient(_Client):
+    """A client of a Boxer server for asyncio; its parameters are those of BoxerClient, less `handlers`.
+
+    Use it with `async with`, or `await client.aclose()`. Any number of tasks of one event loop may share it; used in
+    another loop, it leaves the connections of the first. A cancelled call closes its connection at once, whereupon
+    the server kills the run.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        timeout: float | None = 120.0,
+        *,
+        retries: int = 2,
+        max_connections: int = 100,
+        headers: Mapping[str, str] | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
+        self._pool: _AsyncPool | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> AsyncBoxerClient:
+        self._check_open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections; calls that are going on in other tasks end with BoxerConnectionError."""
+        self._is_closed = True
+        if self._pool is not None and self._pool.loop is asyncio.get_running_loop():
+            await self._pool.aclose()
+        else:
+            self._drop_connections()
+
+    def _drop_connections(self) -> None:
+        if self._pool is not None:
+            self._pool.leave()
+
+    async def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
+        """See `BoxerClient.health`."""
+        return _is_healthy(await self._exchange(self._call(_health_request(), timeout, retries)))
+
+    async def run(
+        self,
+        image: str,
+        cmd: Sequence[str],
+        *,
+        env: Mapping[str, str] | Iterable[str] | None = None,
+        cwd: str | None = None,
+        limits: ResourceLimits | Mapping[str, Any] | None = None,
+        files: Sequence[str] | None = None,
+        persist: bool = False,
+        network: str | None = None,
+        check: bool = False,
+        timeout: float | None = _CLIENTS,
+        retries: int | None = None,
+    ) -> RunResult:
+        """See `BoxerClient.run`."""
+        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        return _run_result(await self._exchange(self._call(request, timeout, retries)), check)
+
+    async def upload_file(
+        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENTS, retries: int | None = None
+    ) -> None:
+        """See `BoxerClient.upload_file`; a file is read in a thread."""
+        _check_uploaded(await self._exchange(self._call(_upload_request(remote_path, content), timeout, retries)))
+
+    async def upload_path(
+        self,
+        local_path: str | os.PathLike[str],
+        remote_path: str | None = None,
+        *,
+        timeout: float | None = _CLIENTS,
+        retries: int | None = None,
+    ) -> list[str]:
+        """See `BoxerClient.upload_path`."""
+        files = _local_files(local_path, remote_path)
+
+        async def upload(file: tuple[Path, str]) -> None:
+            with open(file[0], "rb") as content:
+                await self.upload_file(file[1], content, timeout=timeout, retries=retries)
+
+        await _for_each_async(upload, files)
+        return [remote for _, remote in files]
+
+    async def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
+        """See `BoxerClient.download_file`."""
+        return _file_content(await self._exchange(self._call(_download_request(path), timeout, retries)))
+
+    async def _exchange(self, call: _Call) -> _Response:
+        while True:
+            self._check_open()
+            try:
+                response = await self._sent(call)
+                pause = call.pause_after(response)
+                if pause is None:
+                    return response
+            except BoxerConnectionError as error:
+                pause = None if self._is_closed else call.pause_after(error)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+
+    async def _sent(self, call: _Call) -> _Response:
+        origin = self._origin
+        fields = {**origin.fields, **call.request.fields}
+        route = _route(origin.scheme, origin.next_hop, origin.tunnel, fields)
+        head = _encoded_head(call.request.method, origin.prefix + call.request.target, fields)
+        pool = self._current_pool()
+        await pool.acquire(call)
+        try:
+            connection = pool.take(route)
+            if connection is not None:
+                try:
+                    return await self._exchange_over(connection, pool, route, head, call)
+                except BoxerConnectionError as error:
+                    if not call.goes_once_more(error):
+                        raise
+            return await self._exchange_over(await pool.connect(route, call), pool, route, head, call)
+        finally:
+            pool.release()
+
+    async def _exchange_over(
+        self, connection: _AsyncConnection, pool: _AsyncPool, route: _Route, head: bytes, call: _Call
+    ) -> _Response:
+        try:
+            if not connection.was_used:
+                await connection.run(connection.opening(route, self._context, call), call)
+            response = await connection.run(connection.exchange(head, call), call)
+        except BaseException:
+            pool.drop(connection)
+            raise
+        pool.give_back(route, connection)
+        return response
+
+    def _current_pool(self) -> _AsyncPool:
+        loop = asyncio.get_running_loop()
+        if self._pool is None or self._pool.loop is not loop or self._pool.is_closed:
+            if self._pool is not None:
+                self._pool.leave()
+            self._pool = _AsyncPool(self._settings["max_connections"])
+        return self._pool
+
+
+async def _for_each_async(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
+    """Call a function for each item, several at a time; when one call fails, or this one is cancelled, end them all."""
+    remaining = iter(items)
+
+    async def work() -> None:
+        for item in remaining:
+            await function(item)
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(_AT_A_TIME)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
