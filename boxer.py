@@ -34,7 +34,7 @@ import asyncio
 import base64
 import collections
 import contextlib
-import functools
+import copy
 import io
 import json
 import logging
@@ -53,7 +53,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
@@ -113,8 +123,8 @@ class ResourceLimits:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the limits that were given, by their JSON names, checked again since they may have been changed."""
-        given = {name: value for name, value in self.__dict__.items() if value is not None}
-        return {name: _checked_limit(name, value) for name, value in given.items()}
+        values = ((name, getattr(self, name)) for name in ResourceLimits.__dataclass_fields__)
+        return {name: _checked_limit(name, value) for name, value in values if value is not None}
 
 
 def _checked_limit(name: str, value: Any) -> float:
@@ -124,8 +134,8 @@ def _checked_limit(name: str, value: Any) -> float:
     is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and not is_whole)
     if isinstance(value, bool) or not is_number:
         raise BoxerValidationError(f"{name} must be a {'whole' if is_whole else 'finite'} number, not {value!r}")
-    if value < 0:
-        raise BoxerValidationError(f"{name} must not be negative, and is {value!r}; leave it out for the default")
+    if not 0 <= value < 2**63:
+        raise BoxerValidationError(f"{name} must be from 0 (the default) to 2**63 - 1")
     return value  # type: ignore[no-any-return]  # a number, as was just checked
 
 
@@ -341,7 +351,7 @@ _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 
 # Control characters, and those that reorder text: neither may reach a terminal out of a server's or program's text.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _printable(text: str, keep: str = "") -> str:
@@ -367,8 +377,7 @@ class _Request(NamedTuple):
     has_network: bool = False
 
 
-def _health_request() -> _Request:
-    return _Request("GET", "/healthz", {})
+_HEALTH_REQUEST = _Request("GET", "/healthz", {})
 
 
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -433,27 +442,18 @@ class _Multipart:
         )
         self._content = _content(content)
         self._size = _size(self._content)
-        self._used = False
-
-    @property
-    def length(self) -> int | None:
-        """The length of the body in bytes; None if it cannot be known before it was sent."""
-        return None if self._size is None else len(self._before) + self._size + len(self._after)
-
-    @property
-    def can_be_sent(self) -> bool:
-        """False once content that cannot be rewound was read from."""
-        return self._size is not None or not self._used
-
-    @property
-    def may_block(self) -> bool:
-        """True if making a piece reads from a file."""
-        return not isinstance(self._content, memoryview)
+        # The length of the body in bytes; None if it cannot be known before it was sent.
+        self.length = None if self._size is None else len(self._before) + self._size + len(self._after)
+        self.can_be_sent = True  # False once content that cannot be rewound was read from
+        self.is_given = False  # True once the last piece was given
+        self.may_block = not isinstance(self._content, memoryview)  # making a piece reads from a file
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the body; a file is first touched for the second piece."""
-        pieces = self._parts()
-        return pieces if self._size is not None else _chunked(pieces)
+        if not self.can_be_sent:
+            raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
+        self.is_given = False
+        return self._parts() if self._size is not None else map(self._chunk, self._parts())
 
     def _parts(self) -> Iterator[bytes | memoryview]:
         if isinstance(self._content, memoryview):
@@ -461,9 +461,14 @@ class _Multipart:
             yield from (self._content[at : at + _PIECE] for at in range(_PIECE, len(self._content), _PIECE))
         else:
             yield self._before
-            self._used = True
+            self.can_be_sent = self._size is not None
             yield from self._read(self._content)
+        self.is_given = True
         yield self._after
+
+    def _chunk(self, piece: bytes | memoryview) -> bytes:
+        """Return a piece in the chunked transfer coding (RFC 9112, section 7.1)."""
+        return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n", b"0\r\n\r\n" if self.is_given else b""))
 
     def _read(self, file: IO[bytes]) -> Iterator[bytes]:
         """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
@@ -474,19 +479,12 @@ class _Multipart:
             piece = file.read(_PIECE if left is None else min(_PIECE, left))
             if not isinstance(piece, bytes):
                 raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
-            if not piece:
+            if not piece or (left is not None and len(piece) > left):
                 break
             left = None if left is None else left - len(piece)
             yield piece
         if left is not None and (left != 0 or file.read(1)):
             raise BoxerError("the file changed its size while it was sent; the upload was broken off")
-
-
-def _chunked(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """Yield `pieces` in the chunked transfer coding (RFC 9112, section 7.1)."""
-    for piece in pieces:
-        yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
-    yield b"0\r\n\r\n"
 
 
 def _content(content: Any) -> memoryview | IO[bytes]:
@@ -518,7 +516,8 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) ->
         _check_regular(local)
         return [(local, _path(local.name if remote_path is None else remote_path))]
     root = local.resolve()
-    prefix = root.name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
+    name = root.name if local.name in ("", "..") else local.name
+    prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
     paths = sorted(_walk(local, root, (root,)))
     return [(path, f"{prefix}/{path.relative_to(local).as_posix()}") for path in paths]
 
@@ -555,27 +554,21 @@ def _check_regular(path: Path) -> None:
 
 
 class _Response:
-    """A final response: its head, and as much of its content as was wanted."""
+    """A final response: its head, and as much of its content as was wanted.
 
-    def __init__(self, status_code: int, reason: str, fields: list[tuple[str, str]]) -> None:
-        self.status_code = status_code
-        self.reason = reason
+    `code`, `msg` and `info()` are named as urllib's handlers have it.
+    """
+
+    def __init__(self, code: int, msg: str, fields: list[tuple[str, str]]) -> None:
+        self.code = code
+        self.msg = msg
         self.fields = fields  # names in lower case
         self.content = b""
         self.is_cut = False  # the content was longer than the limit
 
     @property
     def is_success(self) -> bool:
-        return 200 <= self.status_code < 300
-
-    @property
-    def code(self) -> int:
-        """The status code, by the name that urllib's handlers use, as are `msg` and `info()`."""
-        return self.status_code
-
-    @property
-    def msg(self) -> str:
-        return self.reason
+        return 200 <= self.code < 300
 
     def info(self) -> Message:
         message = Message()
@@ -588,44 +581,40 @@ class _Response:
         return ", ".join([value for other, value in self.fields if other == name])
 
 
-def _is_healthy(response: _Response) -> bool:
-    return response.is_success
-
-
 def _run_result(response: _Response, check: bool) -> RunResult:
     members = _json_object(response)
     try:
         result = RunResult(**{name: members[name] for name, _ in _RESULT_TYPES})
     except KeyError as error:
-        raise BoxerAPIError(f"the answer to a run has no {error}", response.status_code) from error
+        raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
     except TypeError as error:
-        raise BoxerAPIError(f"the answer to a run is not right: {error}", response.status_code) from error
+        raise BoxerAPIError(f"the answer to a run is not right: {error}", response.code) from error
     return result.check() if check else result
 
 
 def _check_uploaded(response: _Response) -> None:
     if not isinstance(_json_object(response).get("path"), str):
-        raise BoxerAPIError("the answer to an upload does not say where the file went", response.status_code)
+        raise BoxerAPIError("the answer to an upload does not say where the file went", response.code)
 
 
 def _file_content(response: _Response) -> bytes:
-    if 300 <= response.status_code < 400 and response.field("location").startswith("files/?path="):
-        raise BoxerAPIError("the path is a folder; name a file in it", response.status_code)
-    if response.status_code != 200 and response.is_success:
-        raise BoxerAPIError(f"{_status(response)} is no whole file", response.status_code)
+    if 300 <= response.code < 400 and response.field("location").startswith("files/?path="):
+        raise BoxerAPIError("the path is a folder; name a file in it", response.code)
+    if response.code != 200 and response.is_success:
+        raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
     return _checked(response).content
 
 
 def _checked(response: _Response) -> _Response:
     """Return a successful response; raise the right error for any other."""
     if not response.is_success:
-        raise _ERROR_OF_STATUS.get(response.status_code, BoxerAPIError)(_reason(response), response.status_code)
+        raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(_reason(response), response.code)
     if response.is_cut:
-        raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.status_code)
+        raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
     coding = response.field("content-encoding").lower()
     if coding not in ("", "identity"):
         message = f"the answer came with Content-Encoding {_printable(coding)[:40]!r}, which was not asked for"
-        raise BoxerAPIError(message, response.status_code)
+        raise BoxerAPIError(message, response.code)
     return response
 
 
@@ -636,7 +625,7 @@ def _json_object(response: _Response) -> dict[str, Any]:
     except ValueError as error:
         shown = _printable(content[:80].decode("utf-8", "replace"))
         message = f"the answer is not the JSON object it should be ({error}): {shown!r}"
-        raise BoxerAPIError(message, response.status_code) from error
+        raise BoxerAPIError(message, response.code) from error
 
 
 def _decoded_json_object(content: bytes) -> dict[str, Any]:
@@ -655,11 +644,7 @@ def _json_integer(digits: str) -> int:
     return int(digits)
 
 
-def _json_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON_DECODER = json.JSONDecoder(parse_int=_json_integer, parse_constant=_json_constant)
+_JSON_DECODER = json.JSONDecoder(parse_int=_json_integer)
 
 
 def _reason(response: _Response) -> str:
@@ -667,11 +652,11 @@ def _reason(response: _Response) -> str:
     text = _server_error(response)
     if text is None:
         latin = re.search(r"charset=\"?(iso-8859-1|latin-?1)\b", response.field("content-type"), re.IGNORECASE)
-        text = response.content.decode("latin-1" if latin else "utf-8", "replace")
+        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8", "replace")
         if text.lstrip()[:1] == "<":
-            text = re.sub(r"<(style|script|title)\b.*?</\1\s*>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+            text = re.sub(r"<(style|script|title)\b.*?</\1\s*>|<[^<>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
-    if 300 <= response.status_code < 400:
+    if 300 <= response.code < 400:
         text += f" (redirects are not followed; Location: {response.field('location')})"
     text = " ".join(_printable(text).split())
     return text if len(text) <= _REASON_SIZE else text[:_REASON_SIZE] + " …"
@@ -687,7 +672,7 @@ def _server_error(response: _Response) -> str | None:
 
 
 def _status(response: _Response) -> str:
-    return f"{response.status_code} {response.reason}".strip()
+    return f"{response.code} {response.msg}".strip()
 
 
 # ---- Policy ----------------------------------------------------------------------------------------------------------
@@ -718,11 +703,6 @@ class _Route(NamedTuple):
     authorization: str | None  # for the proxy at the entry of the tunnel
 
 
-def _route(scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str]) -> _Route:
-    """Return the way of a request; what is for the proxy at the entry of a tunnel is taken out of its fields."""
-    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None) if tunnel else None)
-
-
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -739,9 +719,10 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
     url = f"{parts.scheme}://{authority}{path}"
     fields = {"Host": re.sub("%[^]]*", "", authority), **_COMMON_FIELDS, **_basic("Authorization", parts)}
     proxy = _proxy(parts, authority)
+    fields.update({} if proxy is None else _basic("Proxy-authorization", proxy), **_checked_fields(headers))
     if proxy is None:
-        return _Origin(url, parts.scheme, authority, authority, None, path, {**fields, **_checked_fields(headers)})
-    fields.update(_basic("Proxy-authorization", proxy), **_checked_fields(headers))
+        fields.pop("Proxy-authorization", None)
+        return _Origin(url, parts.scheme, authority, authority, None, path, fields)
     tunnel, prefix = (None, url) if parts.scheme == "http" else (authority, path)
     return _Origin(url, parts.scheme, authority, _authority(proxy, "the proxy"), tunnel, prefix, fields)
 
@@ -760,13 +741,16 @@ def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
     return parts
 
 
+_HOST = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9A-Fa-f:.]+(%[\w.~-]+)?", re.ASCII)  # a name or an IPv6 address
+
+
 def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
     host = parts.hostname or ""
     try:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
         host = ""
-    if not re.fullmatch(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*|[0-9A-Fa-f:.]+(%[A-Za-z0-9._~-]+)?", host):
+    if not _HOST.fullmatch(host):
         raise BoxerValidationError(f"the host in {name} is not a name or address")
     host = f"[{host}]" if ":" in host else host
     port = parts.port or _DEFAULT_PORTS[parts.scheme]
@@ -822,7 +806,7 @@ def _seconds(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise BoxerValidationError(f"{name} must be a number of seconds above 0, or None for no limit, not {value!r}")
-    return float(value)
+    return float(value) if value < 1e300 else math.inf
 
 
 def _count(name: str, value: Any, least: int) -> int:
@@ -860,8 +844,9 @@ class _Call:
     def cancel(self) -> None:
         """End the call from another thread."""
         self.timeout = self._end = -math.inf
-        if self.abort is not None:
-            self.abort()
+        abort = self.abort  # another thread may be about to set it to None
+        if abort is not None:
+            abort()
 
     @property
     def left(self) -> float:
@@ -874,12 +859,8 @@ class _Call:
             self._end = time.monotonic() + self.timeout
 
     def waited(self, seconds: float) -> None:
-        """Take out of account the wait for a free connection."""
+        """Do not count the wait for a free connection."""
         self._end += seconds
-
-    def share(self, addresses: int) -> float:
-        """Seconds to try the next of so many addresses of a name: they share what is left."""
-        return max(0.001, self.left / addresses)
 
     def no_connection(self, host: str, port: int, error: OSError | None) -> BoxerError:
         """Return the error for a connection that could not be made."""
@@ -899,13 +880,14 @@ class _Call:
         """Decide what follows a try: another one after so many seconds, or (None) nothing."""
         if (isinstance(outcome, _Response) and outcome.is_success) or not self._can_be_sent:
             return None
-        if self._race_tries > 0 and isinstance(outcome, _Response) and _lost_race(outcome):
+        error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
+        if self._race_tries > 0 and _RACE.match(error or ""):
             self._race_tries -= 1
             return self._within_deadline(outcome, random.uniform(0.01, 0.05), logging.DEBUG)
         if self._tries >= self._retries or not self._may_be_tried_again(outcome):
             return None
         self._tries += 1
-        pause = random.uniform(0.5, 1.0) * min(0.25 * 2**self._tries, 8.0)
+        pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._tries, 5), 8.0)
         if isinstance(outcome, _Response):
             pause = max(pause, _retry_after(outcome.field("retry-after")))
         return self._within_deadline(outcome, pause, logging.WARNING)
@@ -919,10 +901,10 @@ class _Call:
             if isinstance(outcome.__cause__, ssl.SSLCertVerificationError):
                 return False
             return not outcome.request_sent or self.request.method == "GET"
-        if outcome.status_code == 500:
+        if outcome.code == 500:
             error = _server_error(outcome)
             return error is not None and not error.startswith(_LASTING)
-        return outcome.status_code in (429, 503)
+        return outcome.code in (429, 503)
 
     def _within_deadline(self, outcome: _Response | BoxerConnectionError, pause: float, level: int) -> float | None:
         if pause >= self.left:
@@ -931,10 +913,6 @@ class _Call:
         reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
         _LOG.log(level, "%s %s: %s; trying again in %.2f s", self.request.method, path, reason[:200], pause)
         return pause
-
-
-def _lost_race(response: _Response) -> bool:
-    return response.status_code == 500 and bool(_RACE.match(_server_error(response) or ""))
 
 
 def _retry_after(value: str) -> float:
@@ -950,19 +928,7 @@ def _retry_after(value: str) -> float:
 # ---- Wire ------------------------------------------------------------------------------------------------------------
 #
 # RFC 9112, strictly: what could be read in two ways is an error, since the two readers may be a proxy and this client.
-#
-# A generator of steps yields one step after another and is sent what came of it:
-#
-#     step                what is to be done                                what is sent back
-#     bytes               send them; stop early if something arrives        None, or what arrived
-#     None                go on sending what is left; wait for bytes        what arrived
-#     a function          call it (it may block)                            what it returned
-#
-# What arrived is never empty, but at the end of the connection: b"". Then `_Connection.lost` says whether it was lost.
 # ----------------------------------------------------------------------------------------------------------------------
-
-_Step = Union[bytes, memoryview, None, Callable[[], Any]]
-_Steps = Generator[_Step, Any, _T]
 
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100
@@ -1005,6 +971,11 @@ class _Decoder:
         self._decoding = self._decode(method, content_limit)
         next(self._decoding)
 
+    @property
+    def size(self) -> int:
+        """The length of the content that was decoded so far."""
+        return self._content.tell()
+
     def feed(self, data: bytes) -> None:
         """Decode what arrived."""
         self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
@@ -1019,7 +990,7 @@ class _Decoder:
             rest = self._buffer[self._at :]
             raise _ProtocolError("the connection ended within the head" if rest else "it closed before an answer came")
         if not self._ends_with_connection or not clean:
-            raise _ProtocolError(f"the connection ended within the content, after {self._content.tell()} bytes of it")
+            raise _ProtocolError(f"the connection ended within the content, after {self.size} bytes of it")
         self._complete(self.response)
 
     def _complete(self, response: _Response) -> None:
@@ -1032,18 +1003,19 @@ class _Decoder:
         yield
         minor, response = yield from self._final_head()
         self.response = response
-        options = re.split(r"[ \t]*,[ \t]*", response.field("connection").lower())
+        options = [option.strip() for option in response.field("connection").lower().split(",")]
         self.is_reusable = minor > 0 and "close" not in options
         limit = content_limit if response.is_success else _ERROR_LIMIT
         # Where the content ends: RFC 9112, section 6.3.
         length, coding = response.field("content-length"), response.field("transfer-encoding")
-        if response.status_code in (204, 304) or (method == "CONNECT" and response.is_success):
+        names = {name for name, _ in response.fields}  # a field may be there and empty
+        if response.code in (204, 304) or (method == "CONNECT" and response.is_success):
             pass
-        elif coding:
-            if minor == 0 or length or coding.lower() != "chunked":
+        elif "transfer-encoding" in names:
+            if minor == 0 or "content-length" in names or coding.lower() != "chunked":
                 raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
             yield from self._take_chunks(response, limit)
-        elif length:
+        elif "content-length" in names:
             yield from self._take(_decoded_length(length), response, limit)
         else:
             self.is_reusable, self._ends_with_connection = False, True
@@ -1090,7 +1062,7 @@ class _Decoder:
         """Take so many bytes of content; stop at the limit."""
         while left > 0:
             size = min(left, len(self._buffer) - self._at)
-            room = size if limit is None else min(size, limit - self._content.tell())
+            room = size if limit is None else min(size, limit - self.size)
             self._content.write(memoryview(self._buffer)[self._at : self._at + room])
             self._at += room
             left -= size
@@ -1137,108 +1109,107 @@ def _decoded_fields(lines: list[bytes]) -> list[tuple[str, str]]:
 
 def _decoded_length(value: str) -> int:
     """Decode Content-Length; repeated, it is valid if it says the same each time (RFC 9112, section 6.3)."""
-    lengths = set(re.split(r"[ \t]*,[ \t]*", value))
-    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", value.partition(",")[0]):
+    lengths = {length.strip() for length in value.split(",")}
+    length = lengths.pop()
+    if lengths or not re.fullmatch("[0-9]{1,18}", length):
         raise _ProtocolError(f"Content-Length {value[:40]!r} is not a length")
-    return int(lengths.pop())
+    return int(length)
 
 
 _TLS_RECORD = 16 * 1024  # the most that one record can hold
 
 
-class _Tls:
-    """TLS as steps around the steps of what is said through it."""
+_Move = Callable[[Union[bytes, memoryview, None]], Awaitable[Union[bytes, None]]]  # see _Connection.move
 
-    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+
+class _Tls:
+    """TLS over the `move` of a connection, and as a `move` of its own."""
+
+    def __init__(self, context: ssl.SSLContext, host: str, move: _Move) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self.has_ended = False  # with a close_notify
-        self.lost: ssl.SSLError | None = None  # ended without
+        self._move = move
+        self._partial = b""  # what arrived of a record that is not complete
+        self._has_ended = False  # with a close_notify
+        self.lost: ssl.SSLError | None = None  # ended without, or broken
 
-    def handshake(self) -> _Steps[None]:
-        """Come to terms with the server; raise ssl.SSLError if that fails."""
-        while True:
-            try:
+    async def handshake(self) -> None:
+        """Do the handshake; raise ssl.SSLError if it fails."""
+        is_done = False
+        while not is_done:
+            with contextlib.suppress(ssl.SSLWantReadError):
                 self._object.do_handshake()
                 is_done = True
-            except ssl.SSLWantReadError:
-                is_done = False
-            received = yield from self._flush()
-            if is_done and received is None:
-                return
-            if received is None:
-                received = yield None
-            self._put(received)
+            received = await self._flush()
+            if received is None and not is_done:
+                received = await self._move(None)
+            if received is not None:
+                self._put(received)
 
-    def carry(self, steps: _Steps[_T]) -> _Steps[_T]:
-        """Carry out steps over TLS."""
-        try:
-            step = next(steps)
-            while True:
-                if callable(step):
-                    outcome = yield step
-                elif step is None:
-                    outcome = yield from self._receive()
-                else:
-                    outcome = yield from self._send(step)
-                step = steps.send(outcome)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the steps return
+    async def move(self, data: bytes | memoryview | None) -> bytes | None:
+        """Do as `_Connection.move` says, over TLS."""
+        if data and self.is_open:
+            self._object.write(data)
+        while self.is_open:
+            if self._outgoing.pending:  # what was written, or an answer of TLS's own: to new keys, say
+                received = await self._move(self._outgoing.read())
+            elif data:
+                return None
+            else:
+                received = await self._move(data)
+            decrypted = self._decrypted(received) if received is not None else b""
+            if decrypted or (received is None and data is not None):
+                return decrypted or None
+        return b""
 
-    def decrypted(self, data: bytes) -> bytes:
+    @property
+    def is_open(self) -> bool:
+        return not self._has_ended and self.lost is None
+
+    @property
+    def is_between_records(self) -> bool:
+        """Tell whether nothing has arrived of a record whose rest is still to come."""
+        return not self._partial
+
+    def _decrypted(self, data: bytes) -> bytes:
         """Decrypt what arrived; it may come to nothing, as session tickets do."""
         self._put(data)
         pieces = []
         try:
-            while not self.has_ended:
+            while not self._has_ended:
                 pieces.append(self._object.read(_TLS_RECORD))
-                self.has_ended = not pieces[-1]
-        except ssl.SSLWantReadError:
-            pass
+                self._has_ended = not pieces[-1]
         except ssl.SSLZeroReturnError:
-            self.has_ended = True
-        except ssl.SSLEOFError as error:
+            self._has_ended = True
+        except ssl.SSLWantReadError:
+            # Said here, since OpenSSL may have been told not to.
+            self.lost = None if data else ssl.SSLEOFError("the connection ended without a close_notify")
+        except ssl.SSLError as error:
             self.lost = error
         return b"".join(pieces)
 
     def _put(self, data: bytes) -> None:
-        if data:
-            self._incoming.write(data)
-        else:
+        if not data:
             self._incoming.write_eof()
+            return
+        self._incoming.write(data)
+        data, at = self._partial + data, 0
+        while len(data) >= at + 5:  # a record's header, with its length: RFC 8446, section 5.1
+            end = at + 5 + int.from_bytes(data[at + 3 : at + 5], "big")
+            if end > len(data):
+                break
+            at = end
+        self._partial = data[at:]
 
-    def _flush(self) -> _Steps[bytes | None]:
-        if not self._outgoing.pending:
-            return None
-        received: bytes | None = yield self._outgoing.read()
-        return received
-
-    def _send(self, plain: bytes | memoryview) -> _Steps[bytes | None]:
-        if self._is_over:
-            return b""
-        self._object.write(plain)
-        received = yield from self._flush()
-        plain = b"" if received is None else self.decrypted(received)
-        return plain if plain or self._is_over else None
-
-    def _receive(self) -> _Steps[bytes]:
-        while not self._is_over:
-            plain = self.decrypted((yield None))
-            # An answer of TLS's own, to a request for new keys, say; what arrives meanwhile is not lost.
-            received = yield from self._flush()
-            if received is not None:
-                plain += self.decrypted(received)
-            if plain:
-                return plain
-        return b""
-
-    @property
-    def _is_over(self) -> bool:
-        return self.has_ended or self.lost is not None
+    async def _flush(self) -> bytes | None:
+        return await self._move(self._outgoing.read()) if self._outgoing.pending else None
 
 
 class _Connection:
     """A connection, but for the moving of bytes: what is said over it, and what became of it."""
+
+    call: _Call  # whose request is being exchanged
+    is_blocked = False  # what was to be sent is not, since the peer does not take it
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
@@ -1248,49 +1219,54 @@ class _Connection:
         self.has_sent = False  # some of the request that is being exchanged
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
         self._tls: _Tls | None = None
-        self._refusal: _Response | None = None
 
-    def opening(self, route: _Route, context: ssl.SSLContext | None, call: _Call) -> _Steps[None]:
-        """Make a way to the origin over a connection that has just been made: through the proxy, and TLS."""
+    async def open(self, route: _Route, context: ssl.SSLContext | None, call: _Call) -> _Response | None:
+        """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
+        self.call, call.is_moving = call, False
         try:
             if route.tunnel is not None:
-                yield from self._tunnel(route, call)
-            if context is not None and self._refusal is None:
+                refusal = await self._tunnel(route)
+                if refusal is not None:
+                    return refusal
+            if context is not None:
                 host, _ = _host_and_port(route.tunnel or route.next_hop, 443)
-                tls = _Tls(context, host.partition("%")[0])
-                yield from tls.handshake()
-                self._tls = tls
+                self._tls = _Tls(context, host.partition("%")[0], self.move)
+                await self._tls.handshake()
+            elif not self.is_quiet():
+                raise _ProtocolError("it closed, or sent something, before it was asked")
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from self.lost or error
         except ssl.SSLError as error:
             raise BoxerConnectionError(f"{self.peer}: TLS failed: {error}", request_sent=False) from error
+        return None
 
-    def _tunnel(self, route: _Route, call: _Call) -> _Steps[None]:
+    async def _tunnel(self, route: _Route) -> _Response | None:
         host, port = _host_and_port(route.tunnel or "", 443)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         fields = {"Host": authority, "User-agent": _COMMON_FIELDS["User-agent"]}
         if route.authorization:
             fields["Proxy-authorization"] = route.authorization
         decoder = _Decoder("CONNECT", _ERROR_LIMIT)
-        yield from self._conversation(_encoded_head("CONNECT", authority, fields), b"", decoder, call)
+        await self._converse(_encoded_head("CONNECT", authority, fields), b"", decoder, self.move)
         if decoder.response is not None and not decoder.response.is_success:
-            self._refusal = decoder.response
-        elif decoder.has_excess:
+            return decoder.response
+        if decoder.has_excess:
             raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
+        return None
 
-    def exchange(self, head: bytes, call: _Call) -> _Steps[_Response]:
-        """Send a request and receive its response; a proxy's refusal to open a tunnel is the response to it."""
-        if self._refusal is not None:
-            return self._refusal
+    async def exchange(self, head: bytes, call: _Call) -> _Response:
+        """Send a request and receive its response."""
+        self.call = call
         self.has_sent = self.is_reusable = False
         self.was_used = True
         decoder = _Decoder(call.request.method, call.request.content_limit)
-        steps = self._conversation(head, call.request.body, decoder, call)
         try:
-            was_sent = yield from (self._tls.carry(steps) if self._tls else steps)
+            move = self._tls.move if self._tls else self.move
+            was_sent = await self._converse(head, call.request.body, decoder, move)
         except (_ProtocolError, ssl.SSLError) as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from self._loss or error
-        self.is_reusable = was_sent and decoder.is_reusable
+        is_quiet = not self.has_unsent() and (self._tls is None or (self._tls.is_open and self._tls.is_between_records))
+        self.is_reusable = was_sent and decoder.is_reusable and is_quiet
         assert decoder.response is not None  # a conversation ends when the decoder has completed it
         return decoder.response
 
@@ -1298,50 +1274,51 @@ class _Connection:
     def _loss(self) -> Exception | None:
         return self.lost or (self._tls.lost if self._tls else None)
 
-    def _conversation(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, call: _Call) -> _Steps[bool]:
+    async def _converse(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, move: _Move) -> bool:
         """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
-        pieces: Iterator[bytes | memoryview] | None
-        step: _Step
-        if isinstance(body, bytes):
-            pieces, may_block, step = None, False, head + body
-        else:
-            pieces, may_block = body.pieces(), body.may_block
-            step = head + next(pieces)
-        call.is_moving = pieces is not None
-        while True:
-            received = yield step
-            if received is not None:
-                if received:
-                    decoder.feed(received)
-                else:
-                    decoder.end(clean=self._loss is None)
-                call.moved()
-                if decoder.is_complete:
-                    return pieces is None
+        call = self.call
+        call.is_moving = isinstance(body, _Multipart)
+        pieces = body.pieces() if isinstance(body, _Multipart) else iter((body,))
+        step: bytes | memoryview | None = head + next(pieces)
+        while not decoder.is_complete:
+            received = await move(step)
+            had_head, size = decoder.response is not None, decoder.size
+            if received:
+                decoder.feed(received)
+            elif received is not None:
+                decoder.end(clean=self._loss is None)
             step = None
             if decoder.response is not None:
                 call.is_moving = call.request.content_limit is None and decoder.response.is_success
-            elif pieces is not None:
-                following = functools.partial(next, pieces, None)
-                step = (yield following) if may_block else following()
-                if step is None:  # all is sent: from now on the answer as a whole is waited for
-                    pieces, call.is_moving = None, False
+                if not had_head or decoder.size > size:
+                    call.moved()
+            elif isinstance(body, _Multipart):
+                call.is_moving = self.is_blocked or not body.is_given  # then the wait for the answer as a whole begins
+                if call.is_moving:
+                    step = b"" if self.is_blocked else await self.next_piece(pieces)
+        return not isinstance(body, _Multipart) or body.is_given
 
-    def accepts(self, data: bytes) -> bool:
-        """Tell whether what arrived while nothing was asked for leaves the connection fit for use."""
-        if self._tls is None or not data:
-            return False
-        try:
-            return not self._tls.decrypted(data) and not self._tls.has_ended
-        except ssl.SSLError:
-            return False
+    async def move(self, data: bytes | memoryview | None) -> bytes | None:
+        """Send bytes and return None once they are sent, or what has arrived before; or (None) wait for what arrives.
 
-    def is_quiet(self) -> bool:
-        """Tell whether the connection is open, and nothing has arrived on it that was not asked for."""
+        What arrives is never empty, but at the end of the connection: b"". Then `lost` says whether it was lost.
+        """
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Close the connection at once."""
+    async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
+        """Return the next piece of content, which may have to be read from a file."""
+        raise NotImplementedError
+
+    def is_quiet(self) -> bool:
+        """Tell whether the connection is open, and nothing has arrived on it."""
+        raise NotImplementedError
+
+    def has_unsent(self) -> bool:
+        """Tell whether bytes that were to be sent are still here."""
+        return self.is_blocked
+
+    def close(self, *, also_of_parent: bool = True) -> None:
+        """Close the connection at once; or only the copy of it that a forked child has."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -1370,11 +1347,13 @@ class _Pool(Generic[_C]):
         oldest = time.monotonic() - _IDLE_LIMIT
         while True:
             with self._lock:
+                if self.is_closed:
+                    raise BoxerConnectionError(f"{route.next_hop}: the client was closed", request_sent=False)
                 if not self._idle.get(route):
                     return None
                 connection = self._idle[route].pop()
+                connection.is_idle = False
                 self._busy.add(connection)
-            connection.is_idle = False
             if connection.idle_since > oldest and connection.is_quiet():
                 return connection
             self.drop(connection)
@@ -1420,20 +1399,87 @@ class _Pool(Generic[_C]):
         for connection in connections:
             connection.close() if connection.is_idle else connection.abort()
 
+    async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
+        """Send a request over an idle connection or a new one, and receive its response."""
+        await self._acquire(call)
+        try:
+            connection = self.take(route)
+            if connection is not None:
+                try:
+                    return await self._exchange_over(connection, route, head, call, context)
+                except BoxerConnectionError as error:
+                    if not call.goes_once_more(error):
+                        raise
+            connection = self.add(await self._connect(route, call))
+            return await self._exchange_over(connection, route, head, call, context)
+        finally:
+            self._release()
+
+    async def _exchange_over(
+        self, connection: _C, route: _Route, head: bytes, call: _Call, context: ssl.SSLContext | None
+    ) -> _Response:
+        call.abort = connection.abort
+        try:
+            refusal = None if connection.was_used else await connection.open(route, context, call)
+            response = refusal or await connection.exchange(head, call)
+        except BaseException:
+            self.drop(connection)
+            raise
+        finally:
+            call.abort = None
+        self.give_back(route, connection)
+        return response
+
+    async def _connect(self, route: _Route, call: _Call) -> _C:
+        """Connect to the first of a name's addresses that lets it."""
+        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
+        last: OSError | None = None
+        try:
+            addresses = await self._addresses(host, port, call)
+        except OSError as error:
+            raise call.no_connection(host, port, error) from error
+        for position, (family, kind, protocol, _, address) in enumerate(addresses):
+            sock = None
+            try:
+                sock = socket.socket(family, kind, protocol)
+                seconds = max(0.001, call.left / (len(addresses) - position))  # the addresses share what is left
+                return await self._connected(sock, address, f"{host}:{port}", seconds)
+            except BaseException as error:
+                if sock is not None:
+                    sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                last = error
+        raise call.no_connection(host, port, last) from last
+
+    # What blocks in one client and awaits in the other.
+
+    async def _acquire(self, call: _Call) -> None:
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+        raise NotImplementedError
+
+    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _C:
+        raise NotImplementedError
+
 
 class _Client:
     """The settings of a client, and what both kinds make of them."""
 
     def __init__(
         self,
-        base_url: str | None,
-        timeout: float | None,
-        retries: int,
-        max_connections: int,
-        headers: Mapping[str, str] | None,
-        ssl_context: ssl.SSLContext | None,
+        base_url: str | None = None,
+        timeout: float | None = 120.0,
+        *,
+        retries: int = 2,
+        max_connections: int = 100,
+        headers: Mapping[str, str] | None = None,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._is_closed = True  # until it is fit for use, there is nothing to close
         self._settings: dict[str, Any] = {
             "base_url": base_url,
             "timeout": _seconds("timeout", timeout),
@@ -1444,6 +1490,7 @@ class _Client:
         }
         self._origin = _origin(base_url, headers or {})
         self._context = _tls_context(self._origin.scheme, ssl_context)
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._origin.url!r})"
@@ -1473,6 +1520,27 @@ class _Client:
             _count("retries", retries, 0)
         return _Call(request, seconds, retries, self._settings["retries"])
 
+    async def _exchange(self, call: _Call) -> _Response:
+        while True:
+            try:
+                response = await self._sent(call)
+                pause = call.pause_after(response)
+                if pause is None:
+                    return response
+            except BoxerConnectionError as error:
+                pause = None if self._is_closed else call.pause_after(error)
+                if pause is None:
+                    raise
+            await self._sleep(pause)
+            if self._is_closed:
+                raise BoxerConnectionError(f"{self._origin.authority}: the client was closed", request_sent=False)
+
+    async def _sent(self, call: _Call) -> _Response:
+        raise NotImplementedError
+
+    async def _sleep(self, seconds: float) -> None:
+        raise NotImplementedError
+
 
 def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
     if scheme == "http":
@@ -1486,6 +1554,15 @@ def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext 
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+def _now(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine of the blocking client: what it awaits blocks, so that it ends at the first step."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # what the coroutine returns
+    raise AssertionError("a coroutine of the blocking client has waited")  # pragma: no cover
+
+
 class _SyncConnection(_Connection):
     """A connection over a non-blocking socket."""
 
@@ -1494,63 +1571,49 @@ class _SyncConnection(_Connection):
         self._socket = sock
         self._unsent = memoryview(b"")
         self._selector = _Selector()
-        self._watched = selectors.EVENT_READ
-        self._selector.register(sock, self._watched)
+        self._selector.register(sock, selectors.EVENT_READ)
 
-    def run(self, steps: _Steps[_T], call: _Call) -> _T:
-        """Carry out steps."""
-        call.abort = self.abort
-        try:
-            outcome = None
-            while True:
-                step = steps.send(outcome)
-                outcome = step() if callable(step) else self._move(step, call)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the steps return
-        finally:
-            call.abort = None
+    async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
+        return next(pieces)
 
-    def _move(self, step: bytes | memoryview | None, call: _Call) -> bytes | None:
-        """Send bytes until they are sent or some arrive; or wait until some arrive."""
-        if step is not None:
-            self._unsent = memoryview(bytes(self._unsent) + step if self._unsent else step)
-            self._send(call)
-            if not (self._unsent or self.lost or call.is_moving):
+    async def move(self, data: bytes | memoryview | None) -> bytes | None:
+        if data is not None:
+            self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
+            self._send()
+            if not (self.is_blocked or self.lost or self.call.is_moving):
                 return None
         while True:
             # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
-            is_sent = step is not None and not self._unsent and not self.lost
-            events = self._wait(call, 0 if is_sent else call.left)
+            is_sent = data is not None and not self.is_blocked and not self.lost
+            events = self._wait(0 if is_sent else self.call.left)
             if events & selectors.EVENT_READ:
                 received = self._receive()
                 if received is not None:
                     return received
             if events & selectors.EVENT_WRITE:
-                self._send(call)
+                self._send()
             elif is_sent:
                 return None
 
-    def _wait(self, call: _Call, seconds: float) -> int:
-        watched = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-        if watched != self._watched:
-            self._selector.modify(self._socket, watched)
-            self._watched = watched
-        if call.left <= 0:
-            raise call.timed_out(self.peer)
+    def _wait(self, seconds: float) -> int:
+        self._selector.modify(self._socket, selectors.EVENT_READ | (selectors.EVENT_WRITE if self.is_blocked else 0))
+        if self.call.left <= 0:
+            raise self.call.timed_out(self.peer)
         ready = self._selector.select(seconds)
         return ready[0][1] if ready else 0
 
-    def _send(self, call: _Call) -> None:
+    def _send(self) -> None:
         try:
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
                 self.has_sent = True
-                call.moved()
+                self.call.moved()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:  # what the server said before may still be there to be read
             self.lost = error
             self._unsent = memoryview(b"")
+        self.is_blocked = bool(self._unsent)
 
     def _receive(self) -> bytes | None:
         try:
@@ -1562,66 +1625,71 @@ class _SyncConnection(_Connection):
             return b""
 
     def is_quiet(self) -> bool:
-        received = self._receive()
-        return received is None or self.accepts(received)
+        return self._receive() is None
 
-    def close(self) -> None:
+    def close(self, *, also_of_parent: bool = True) -> None:
+        if also_of_parent:
+            _shut_down(self._socket)
         self._selector.close()
         self._socket.close()
 
     def abort(self) -> None:
         super().abort()
-        with contextlib.suppress(OSError):  # it may be closed already
-            self._socket.shutdown(socket.SHUT_RDWR)
+        _shut_down(self._socket)
 
 
-def _connect(host: str, port: int, call: _Call) -> _SyncConnection:
-    """Connect to the first of a name's addresses that lets it."""
-    try:
-        # As bytes, since Python would refuse some names with an error of its own.
-        addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise call.no_connection(host, port, error) from error
-    last: OSError | None = None
-    for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(call.share(len(addresses) - position))
-            sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setblocking(False)
-            return _SyncConnection(sock, f"{host}:{port}")
-        except OSError as error:
-            sock.close()
-            last = error
-        except BaseException:
-            sock.close()
-            raise
-    raise call.no_connection(host, port, last) from last
+def _shut_down(sock: socket.socket) -> None:
+    """Tell the peer that it is over, even if a forked child has a copy of the socket."""
+    with contextlib.suppress(OSError):  # it may be closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class _SyncPool(_Pool[_SyncConnection]):
+    """The connections of a BoxerClient within one process."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.process = os.getpid()
+        self._slots = threading.Semaphore(size)
+
+    async def _acquire(self, call: _Call) -> None:
+        since = time.monotonic()
+        if not self._slots.acquire(blocking=False):
+            self._slots.acquire()
+            call.waited(time.monotonic() - since)
+
+    def _release(self) -> None:
+        self._slots.release()
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _SyncConnection:
+        sock.settimeout(seconds)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        return _SyncConnection(sock, peer)
 
 
 class _OpenerRequest(urllib.request.Request):
     """A request for an opener whose parts are known: the base class would parse its URL and rename its fields.
 
-    It carries the whole request body as `data`, and the _Call as `timeout`, which handlers pass on untouched.
+    It carries the request body as a whole in `data`, and the _Call as `timeout`, which handlers pass on untouched.
     """
 
     full_url: str = ""  # in place of the base's properties
     data: Any = None
 
     def __init__(self, origin: _Origin, request: _Request) -> None:
-        self.type = origin.scheme
-        self.host = origin.next_hop
-        self._tunnel_host = origin.tunnel
+        self.type, self.host, self._tunnel_host = origin.scheme, origin.next_hop, origin.tunnel
         self.selector = origin.prefix + request.target
-        self.full_url = f"{origin.url}{request.target}"
+        self.full_url = origin.url + request.target
         self.data = request.body or None
         self.method = request.method
-        self.headers = {**origin.fields, **request.fields}
-        self.unredirected_hdrs: dict[str, str] = {}
+        self.headers, self.unredirected_hdrs = {**origin.fields, **request.fields}, {}
         self.fragment = None
-        self.origin_req_host = origin.authority
-        self.unverifiable = False
+        self.origin_req_host, self.unverifiable = origin.authority, False
 
 
 class _ConnectionHandler(urllib.request.BaseHandler):
@@ -1630,29 +1698,24 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def __init__(self, max_connections: int, context: ssl.SSLContext | None) -> None:
         self._size = max_connections
         self._context = context
-        self._make_pool()
+        self._pool = _SyncPool(max_connections)
 
-    def _make_pool(self) -> None:
-        self._process = os.getpid()
-        self._pool: _Pool[_SyncConnection] = _Pool()
-        self._slots = threading.Semaphore(self._size)
+    def pool(self) -> _SyncPool:
+        """Return the pool of this process: in a forked child, its parent goes on with the connections."""
+        if self._pool.process != os.getpid():
+            inherited, self._pool = self._pool, _SyncPool(self._size)
+            for connection in inherited.connections():
+                connection.close(also_of_parent=False)
+        return self._pool
 
     def http_open(self, request: Any) -> _Response:
-        call: _Call = request.timeout
         fields = {**request.headers, **request.unredirected_hdrs}
-        route = _route(request.type, request.host, request._tunnel_host, fields)
+        tunnel = request._tunnel_host
+        authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # is the proxy's alone
+        route = _Route(request.type, request.host, tunnel, authorization)
         head = _encoded_head(request.get_method(), request.selector, fields)
-        if self._process != os.getpid():  # in a forked child: its parent goes on with the connections
-            self._leave_to_parent()
-        slots = self._slots
-        if not slots.acquire(blocking=False):
-            since = time.monotonic()
-            slots.acquire()
-            call.waited(time.monotonic() - since)
-        try:
-            return self._exchange(self._pool, route, head, call)
-        finally:
-            slots.release()
+        context = _tls_context(route.scheme, self._context)
+        return _now(self.pool().exchange(route, context, head, request.timeout))
 
     https_open = http_open
 
@@ -1666,43 +1729,6 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     def http_error_default(self, _request: Any, response: Any, *_: Any) -> Any:
         return response
-
-    def _exchange(self, pool: _Pool[_SyncConnection], route: _Route, head: bytes, call: _Call) -> _Response:
-        connection = pool.take(route)
-        if connection is not None:
-            try:
-                return self._exchange_over(connection, pool, route, head, call)
-            except BoxerConnectionError as error:
-                if not call.goes_once_more(error):
-                    raise
-        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
-        connection = pool.add(_connect(host, port, call))
-        return self._exchange_over(connection, pool, route, head, call)
-
-    def _exchange_over(
-        self, connection: _SyncConnection, pool: _Pool[_SyncConnection], route: _Route, head: bytes, call: _Call
-    ) -> _Response:
-        try:
-            if not connection.was_used:
-                context = _tls_context(route.scheme, self._context)
-                connection.run(connection.opening(route, context, call), call)
-            response = connection.run(connection.exchange(head, call), call)
-        except BaseException:
-            pool.drop(connection)
-            raise
-        pool.give_back(route, connection)
-        return response
-
-    def _leave_to_parent(self) -> None:
-        inherited = self._pool
-        self._make_pool()
-        for connection in inherited.connections():
-            connection.close()
-
-    def drop_connections(self) -> None:
-        if self._process != os.getpid():
-            self._leave_to_parent()
-        self._pool.close()
 
 
 class BoxerClient(_Client):
@@ -1737,13 +1763,16 @@ class BoxerClient(_Client):
         ssl_context: ssl.SSLContext | None = None,
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
-        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
-        self._settings["handlers"] = tuple(handlers)
+        handlers = tuple(handlers)
+        if any(isinstance(handler, urllib.request.HTTPRedirectHandler) for handler in handlers):
+            raise BoxerValidationError("redirects are not followed: leave out the HTTPRedirectHandler")
+        settings = {"retries": retries, "max_connections": max_connections, "headers": headers}
+        super().__init__(base_url, timeout, **settings, ssl_context=ssl_context)  # type: ignore[arg-type]  # as above
+        self._settings["handlers"] = handlers
         self._handler = _ConnectionHandler(max_connections, self._context)
         self._opener = urllib.request.OpenerDirector()
-        for handler in (self._handler, *self._settings["handlers"]):
+        for handler in (self._handler, *map(copy.copy, handlers)):  # copies, since a handler belongs to one opener
             self._opener.add_handler(handler)
-        self._is_closed = False
 
     def __enter__(self) -> BoxerClient:
         self._check_open()
@@ -1758,11 +1787,11 @@ class BoxerClient(_Client):
         self._drop_connections()
 
     def _drop_connections(self) -> None:
-        self._handler.drop_connections()
+        self._handler.pool().close()
 
     def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return _is_healthy(self._exchange(self._call(_health_request(), timeout, retries)))
+        return self._answer(self._call(_HEALTH_REQUEST, timeout, retries)).is_success
 
     def run(
         self,
@@ -1796,7 +1825,7 @@ class BoxerClient(_Client):
         stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
         """
         request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
-        return _run_result(self._exchange(self._call(request, timeout, retries)), check)
+        return _run_result(self._answer(self._call(request, timeout, retries)), check)
 
     def upload_file(
         self, remote_path: str, content: Content, *, timeout: float | None = _CLIENTS, retries: int | None = None
@@ -1808,7 +1837,7 @@ class BoxerClient(_Client):
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        _check_uploaded(self._exchange(self._call(_upload_request(remote_path, content), timeout, retries)))
+        _check_uploaded(self._answer(self._call(_upload_request(remote_path, content), timeout, retries)))
 
     def upload_path(
         self,
@@ -1832,33 +1861,25 @@ class BoxerClient(_Client):
         def upload(file: tuple[Path, str]) -> None:
             with open(file[0], "rb") as content:
                 calls.append(self._call(_upload_request(file[1], content), timeout, retries))
-                _check_uploaded(self._exchange(calls[-1]))
+                _check_uploaded(self._answer(calls[-1]))
 
         _for_each(upload, files, calls)
         return [remote for _, remote in files]
 
     def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _file_content(self._exchange(self._call(_download_request(path), timeout, retries)))
+        return _file_content(self._answer(self._call(_download_request(path), timeout, retries)))
 
-    def _exchange(self, call: _Call) -> _Response:
-        while True:
-            self._check_open()
-            try:
-                response = self._opened(call)
-                pause = call.pause_after(response)
-                if pause is None:
-                    return response
-            except BoxerConnectionError as error:
-                pause = None if self._is_closed else call.pause_after(error)
-                if pause is None:
-                    raise
-            time.sleep(pause)
+    def _answer(self, call: _Call) -> _Response:
+        return _now(self._exchange(call))
 
-    def _opened(self, call: _Call) -> _Response:
+    async def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def _sent(self, call: _Call) -> _Response:
         request = _OpenerRequest(self._origin, call.request)
         try:
-            response = self._opener.open(request, timeout=call)  # type: ignore[arg-type]  # see _OpenerRequest
+            response = self._opener.open(request, timeout=call)  # type: ignore[arg-type]  # a _Call
         except urllib.error.HTTPError as error:  # only from a handler that the user has added, as any other response
             response = error
         except urllib.error.URLError as error:
@@ -1868,10 +1889,11 @@ class BoxerClient(_Client):
 
 def _adopted(response: Any) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
-    with response:
-        fields = [(name.lower(), value) for name, value in response.headers.items()]
-        adopted = _Response(response.code, str(response.reason), fields)
-        adopted.content = response.read() if response.fp else b""
+    fields = [(name.lower(), value) for name, value in response.headers.items()]
+    adopted = _Response(response.code, str(response.reason), fields)
+    if response.fp is not None:
+        with response:
+            adopted.content = response.read()
     return adopted
 
 
@@ -1884,13 +1906,16 @@ def _for_each(function: Callable[[_T], None], items: Sequence[_T], calls: list[_
         for item in items:
             function(item)
         return
-    from concurrent.futures import ThreadPoolExecutor  # not needed by those who send no folder
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by those who send no folder
 
     with ThreadPoolExecutor(min(_AT_A_TIME, len(items))) as executor:
+        futures = [executor.submit(function, item) for item in items]
         try:
-            for _ in executor.map(function, items):
-                pass
+            for future in as_completed(futures):
+                future.result()
         except BaseException:
+            for waiting in futures:
+                waiting.cancel()
             for call in calls:
                 call.cancel()
             raise
@@ -1914,57 +1939,48 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._arrived: collections.deque[bytes] = collections.deque()
         self._has_ended = False
-        self._is_blocked = False  # more is to be sent than the transport wants to hold
         self._unsent = 0
         self._waiter: asyncio.Future[None] | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
-    async def run(self, steps: _Steps[_T], call: _Call) -> _T:
-        """Carry out steps."""
-        try:
-            outcome = None
-            while True:
-                step = steps.send(outcome)
-                if callable(step):
-                    outcome = await self._loop.run_in_executor(None, step)
-                else:
-                    outcome = await self._move(step, call)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the steps return
+    async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
+        body = self.call.request.body
+        if isinstance(body, _Multipart) and not body.may_block:
+            return next(pieces)
+        return await self._loop.run_in_executor(None, next, pieces)
 
-    async def _move(self, step: bytes | memoryview | None, call: _Call) -> bytes | None:
-        """Send bytes until they are sent or some arrive; or wait until some arrive."""
-        if step is not None:
-            self._send(step, call)
-            if call.is_moving:
+    async def move(self, data: bytes | memoryview | None) -> bytes | None:
+        if data is not None:
+            self._send(data)
+            if self.call.is_moving:
                 await asyncio.sleep(0)  # for the answer that may have come, and for other tasks
         while not self._arrived and not self._has_ended:
-            if step is not None and not self._is_blocked:
+            if data is not None and not self.is_blocked:
                 return None
-            await self._wait(call)
+            await self._wait()
         received = self._arrived.popleft() if self._arrived else b""
         if self._transport is not None:
             self._transport.resume_reading()
         return received
 
-    def _send(self, data: bytes | memoryview, call: _Call) -> None:
+    def _send(self, data: bytes | memoryview) -> None:
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(data)
         # A write that fails at once begins to close the transport: then nothing of it was sent.
         self.has_sent = self.has_sent or not self._transport.is_closing()
-        call.moved()
+        self.call.moved()
 
-    async def _wait(self, call: _Call) -> None:
+    async def _wait(self) -> None:
         """Wait until there is news, or the deadline comes, which what has left the transport meanwhile pushes back."""
         unsent = self._transport.get_write_buffer_size() if self._transport else 0
         if unsent < self._unsent:
-            call.moved()
+            self.call.moved()
         self._unsent = unsent
-        if call.left <= 0:
-            raise call.timed_out(self.peer)
+        if self.call.left <= 0:
+            raise self.call.timed_out(self.peer)
         self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(call.left, self._wake)
+        timer = self._loop.call_later(self.call.left, self._wake)
         try:
             await self._waiter
         finally:
@@ -1990,10 +2006,10 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         return not self.is_idle  # an idle connection closes itself
 
     def pause_writing(self) -> None:
-        self._is_blocked = True
+        self.is_blocked = True
 
     def resume_writing(self) -> None:
-        self._is_blocked = False
+        self.is_blocked = False
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -2003,66 +2019,39 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         self._has_ended = True
         self._transport = None
         self._wake()
-        self.closed.set_result(None)
+        if not self.closed.done():
+            self.closed.set_result(None)
 
     def _salvage(self) -> None:
         """Take what the server said before the connection was reset, which the transport leaves behind."""
-        try:
-            for _ in range(16):
-                received = self._socket.recv(_PIECE)
-                if not received:
-                    break
+        with contextlib.suppress(OSError):
+            while len(self._arrived) < 16 and (received := self._socket.recv(_PIECE)):
                 self._arrived.append(received)
-        except OSError:
-            pass
 
     def is_quiet(self) -> bool:
-        while self._arrived:
-            if not self.accepts(self._arrived.popleft()):
-                return False
-        if self._has_ended or self._transport is None or self._transport.is_closing():
+        if self._arrived or self._has_ended or self._transport is None or self._transport.is_closing():
             return False
-        try:  # what the loop has yet to see
-            return self.accepts(self._socket.recv(_PIECE))
+        try:
+            self._socket.recv(1)  # what the loop has yet to see
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
-            return False
+            pass
+        return False
 
-    def close(self) -> None:
+    def has_unsent(self) -> bool:
+        return self._transport is not None and self._transport.get_write_buffer_size() > 0
+
+    def close(self, *, also_of_parent: bool = True) -> None:
         if self._loop.is_closed():
             self._socket.close()
         elif self._transport is not None:
+            _shut_down(self._socket)
             self._transport.abort()
 
     def abort(self) -> None:
         super().abort()
         self.close()
-
-
-async def _connect_async(host: str, port: int, call: _Call) -> _AsyncConnection:
-    """Connect to the first of a name's addresses that lets it."""
-    loop = asyncio.get_running_loop()
-    try:
-        addresses = await _within(call.left, loop.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
-    except OSError as error:
-        raise call.no_connection(host, port, error) from error
-    last: OSError | None = None
-    for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setblocking(False)
-            await _within(call.share(len(addresses) - position), loop.sock_connect(sock, address))
-            connection = _AsyncConnection(sock, f"{host}:{port}")
-            await loop.create_connection(lambda made=connection: made, sock=sock)  # type: ignore[misc]  # a default
-            return connection
-        except OSError as error:
-            sock.close()
-            last = error
-        except BaseException:
-            sock.close()
-            raise
-    raise call.no_connection(host, port, last) from last
 
 
 async def _within(seconds: float, awaitable: Awaitable[_T]) -> _T:
@@ -2074,8 +2063,11 @@ async def _within(seconds: float, awaitable: Awaitable[_T]) -> _T:
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
+        error = None if task.cancelled() else task.exception()  # asking for it is what keeps the loop from reporting it
     if task.cancelled():
         raise socket.timeout("timed out")
+    if error is not None:
+        raise error
     return task.result()
 
 
@@ -2087,9 +2079,9 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         self.loop = asyncio.get_running_loop()
         self._free = size
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._end = self._loop_end()
+        self._end_of_loop = self._close_with_loop()
 
-    async def acquire(self, call: _Call) -> None:
+    async def _acquire(self, call: _Call) -> None:
         """Wait, first come, first served, until one more connection may be in use."""
         if self._free > 0:
             self._free -= 1
@@ -2101,11 +2093,11 @@ class _AsyncPool(_Pool[_AsyncConnection]):
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.release()
+                self._release()
             raise
         call.waited(time.monotonic() - since)
 
-    def release(self) -> None:
+    def _release(self) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -2113,24 +2105,32 @@ class _AsyncPool(_Pool[_AsyncConnection]):
                 return
         self._free += 1
 
-    async def connect(self, route: _Route, call: _Call) -> _AsyncConnection:
-        async for _ in self._end:
-            break
-        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
-        return self.add(await _connect_async(host, port, call))
+    async def _close_with_loop(self) -> AsyncGenerator[None, None]:
+        """Close the connections of a client that was not closed before the loop is.
 
-    async def _loop_end(self) -> AsyncGenerator[None, None]:
-        # A loop that ends as asyncio.run ends it closes the asynchronous generators that began in it, and with this
-        # one the connections of a client that was not closed.
+        A loop that ends as asyncio.run ends it closes the asynchronous generators that have begun in it.
+        """
         try:
             while True:
                 yield
         finally:
             self.close()
 
+    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+        async for _ in self._end_of_loop:  # begin
+            break
+        return await _within(call.left, self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _AsyncConnection:
+        sock.setblocking(False)
+        await _within(seconds, self.loop.sock_connect(sock, address))
+        connection = _AsyncConnection(sock, peer)
+        await self.loop.create_connection(lambda: connection, sock=sock)
+        return connection
+
     async def aclose(self) -> None:
         connections = self.connections()
-        await self._end.aclose()
+        await self._end_of_loop.aclose()
         self.close()
         for connection in connections:
             await connection.closed
@@ -2151,19 +2151,7 @@ class AsyncBoxerClient(_Client):
     the server kills the run.
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        timeout: float | None = 120.0,
-        *,
-        retries: int = 2,
-        max_connections: int = 100,
-        headers: Mapping[str, str] | None = None,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
-        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
-        self._pool: _AsyncPool | None = None
-        self._is_closed = False
+    _pool: _AsyncPool | None = None
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()
@@ -2186,7 +2174,7 @@ class AsyncBoxerClient(_Client):
 
     async def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
         """See `BoxerClient.health`."""
-        return _is_healthy(await self._exchange(self._call(_health_request(), timeout, retries)))
+        return (await self._exchange(self._call(_HEALTH_REQUEST, timeout, retries))).is_success
 
     async def run(
         self,
@@ -2222,7 +2210,7 @@ class AsyncBoxerClient(_Client):
         retries: int | None = None,
     ) -> list[str]:
         """See `BoxerClient.upload_path`."""
-        files = _local_files(local_path, remote_path)
+        files = await asyncio.get_running_loop().run_in_executor(None, _local_files, local_path, remote_path)
 
         async def upload(file: tuple[Path, str]) -> None:
             with open(file[0], "rb") as content:
@@ -2235,51 +2223,16 @@ class AsyncBoxerClient(_Client):
         """See `BoxerClient.download_file`."""
         return _file_content(await self._exchange(self._call(_download_request(path), timeout, retries)))
 
-    async def _exchange(self, call: _Call) -> _Response:
-        while True:
-            self._check_open()
-            try:
-                response = await self._sent(call)
-                pause = call.pause_after(response)
-                if pause is None:
-                    return response
-            except BoxerConnectionError as error:
-                pause = None if self._is_closed else call.pause_after(error)
-                if pause is None:
-                    raise
-            await asyncio.sleep(pause)
+    async def _sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     async def _sent(self, call: _Call) -> _Response:
         origin = self._origin
         fields = {**origin.fields, **call.request.fields}
-        route = _route(origin.scheme, origin.next_hop, origin.tunnel, fields)
+        authorization = fields.pop("Proxy-authorization", None) if origin.tunnel else None
+        route = _Route(origin.scheme, origin.next_hop, origin.tunnel, authorization)
         head = _encoded_head(call.request.method, origin.prefix + call.request.target, fields)
-        pool = self._current_pool()
-        await pool.acquire(call)
-        try:
-            connection = pool.take(route)
-            if connection is not None:
-                try:
-                    return await self._exchange_over(connection, pool, route, head, call)
-                except BoxerConnectionError as error:
-                    if not call.goes_once_more(error):
-                        raise
-            return await self._exchange_over(await pool.connect(route, call), pool, route, head, call)
-        finally:
-            pool.release()
-
-    async def _exchange_over(
-        self, connection: _AsyncConnection, pool: _AsyncPool, route: _Route, head: bytes, call: _Call
-    ) -> _Response:
-        try:
-            if not connection.was_used:
-                await connection.run(connection.opening(route, self._context, call), call)
-            response = await connection.run(connection.exchange(head, call), call)
-        except BaseException:
-            pool.drop(connection)
-            raise
-        pool.give_back(route, connection)
-        return response
+        return await self._current_pool().exchange(route, self._context, head, call)
 
     def _current_pool(self) -> _AsyncPool:
         loop = asyncio.get_running_loop()
