@@ -21,9 +21,9 @@ The sections, each of which knows only what stands above it:
     Sync client    a urllib opener whose handler moves the bytes over sockets
     Async client   the same over an asyncio transport
 
-What is above the clients does no I/O and makes every decision once. The seam is a generator of steps
-(`_Connection.exchange`): it yields what to do next (send these bytes, wait for bytes, call this function) and is told
-what came of it. Each client has one method that carries out steps, and differs from the other in nothing else.
+What is above the clients does no I/O and makes every decision once, in coroutines. The seam is `_Connection.move`, and
+a few more leaves like it (`_Pool._connected`, `_Client._sleep`): in AsyncBoxerClient they wait, in BoxerClient they
+block instead, so that its coroutines end at their first step (`_now`). The clients differ in nothing else.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -35,7 +35,9 @@ import base64
 import collections
 import contextlib
 import copy
+import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -647,14 +649,17 @@ def _json_integer(digits: str) -> int:
 _JSON_DECODER = json.JSONDecoder(parse_int=_json_integer)
 
 
+_MARKUP = re.compile(r"<!--.*?-->|<(style|script|title)\b.*?</\1\s*>|<[^<>]*>", re.DOTALL | re.IGNORECASE)
+
+
 def _reason(response: _Response) -> str:
     """Return what the server says for itself in an error, however it was sent, as one line of a sane length."""
     text = _server_error(response)
     if text is None:
         latin = re.search(r"charset=\"?(iso-8859-1|latin-?1)\b", response.field("content-type"), re.IGNORECASE)
-        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8", "replace")
+        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8-sig", "replace")
         if text.lstrip()[:1] == "<":
-            text = re.sub(r"<(style|script|title)\b.*?</\1\s*>|<[^<>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+            text = html.unescape(_MARKUP.sub(" ", text))
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
     if 300 <= response.code < 400:
         text += f" (redirects are not followed; Location: {response.field('location')})"
@@ -745,7 +750,7 @@ _HOST = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9A-Fa-f:.]+(%[\w.~-]+)?",
 
 
 def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
-    host = parts.hostname or ""
+    host = (parts.hostname or "").replace("%25", "%")  # of an IPv6 zone: RFC 6874
     try:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
@@ -812,7 +817,7 @@ def _seconds(name: str, value: Any) -> float | None:
 def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise BoxerValidationError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    return value
+    return int(value)
 
 
 # The server's race: the output of a short program that did run is lost. Each try is lost with a chance of about one in
@@ -1173,14 +1178,13 @@ class _Tls:
 
     def _decrypted(self, data: bytes) -> bytes:
         """Decrypt what arrived; it may come to nothing, as session tickets do."""
-        self._put(data)
+        if data:
+            self._put(data)
         pieces = []
         try:
             while not self._has_ended:
                 pieces.append(self._object.read(_TLS_RECORD))
                 self._has_ended = not pieces[-1]
-        except ssl.SSLZeroReturnError:
-            self._has_ended = True
         except ssl.SSLWantReadError:
             # Said here, since OpenSSL may have been told not to.
             self.lost = None if data else ssl.SSLEOFError("the connection ended without a close_notify")
@@ -1232,8 +1236,6 @@ class _Connection:
                 host, _ = _host_and_port(route.tunnel or route.next_hop, 443)
                 self._tls = _Tls(context, host.partition("%")[0], self.move)
                 await self._tls.handshake()
-            elif not self.is_quiet():
-                raise _ProtocolError("it closed, or sent something, before it was asked")
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from self.lost or error
         except ssl.SSLError as error:
@@ -1317,8 +1319,8 @@ class _Connection:
         """Tell whether bytes that were to be sent are still here."""
         return self.is_blocked
 
-    def close(self, *, also_of_parent: bool = True) -> None:
-        """Close the connection at once; or only the copy of it that a forked child has."""
+    def close(self) -> None:
+        """Close the connection at once."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -1586,10 +1588,8 @@ class _SyncConnection(_Connection):
             # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
             is_sent = data is not None and not self.is_blocked and not self.lost
             events = self._wait(0 if is_sent else self.call.left)
-            if events & selectors.EVENT_READ:
-                received = self._receive()
-                if received is not None:
-                    return received
+            if events & selectors.EVENT_READ and (received := self._receive()) is not None:
+                return received
             if events & selectors.EVENT_WRITE:
                 self._send()
             elif is_sent:
@@ -1627,9 +1627,12 @@ class _SyncConnection(_Connection):
     def is_quiet(self) -> bool:
         return self._receive() is None
 
-    def close(self, *, also_of_parent: bool = True) -> None:
-        if also_of_parent:
-            _shut_down(self._socket)
+    def close(self) -> None:
+        _shut_down(self._socket)
+        self.leave()
+
+    def leave(self) -> None:
+        """Close a forked child's copy of the connection, which goes on in the parent."""
         self._selector.close()
         self._socket.close()
 
@@ -1705,12 +1708,12 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         if self._pool.process != os.getpid():
             inherited, self._pool = self._pool, _SyncPool(self._size)
             for connection in inherited.connections():
-                connection.close(also_of_parent=False)
+                connection.leave()
         return self._pool
 
     def http_open(self, request: Any) -> _Response:
         fields = {**request.headers, **request.unredirected_hdrs}
-        tunnel = request._tunnel_host
+        tunnel = request._tunnel_host  # noqa: SLF001 - urllib has no other name for it
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # is the proxy's alone
         route = _Route(request.type, request.host, tunnel, authorization)
         head = _encoded_head(request.get_method(), request.selector, fields)
@@ -1859,7 +1862,7 @@ class BoxerClient(_Client):
         calls: list[_Call] = []
 
         def upload(file: tuple[Path, str]) -> None:
-            with open(file[0], "rb") as content:
+            with file[0].open("rb") as content:
                 calls.append(self._call(_upload_request(file[1], content), timeout, retries))
                 _check_uploaded(self._answer(calls[-1]))
 
@@ -1874,7 +1877,7 @@ class BoxerClient(_Client):
         return _now(self._exchange(call))
 
     async def _sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+        time.sleep(seconds)  # noqa: ASYNC251 - this client blocks
 
     async def _sent(self, call: _Call) -> _Response:
         request = _OpenerRequest(self._origin, call.request)
@@ -1901,21 +1904,26 @@ _AT_A_TIME = 8  # files, when a folder is sent
 
 
 def _for_each(function: Callable[[_T], None], items: Sequence[_T], calls: list[_Call]) -> None:
-    """Call a function for each item, in several threads; when one fails, or the caller is interrupted, end `calls`."""
-    if len(items) < 2:
-        for item in items:
-            function(item)
-        return
+    """Call a function for each item, several at a time; when one fails, or the caller is interrupted, end `calls`."""
     from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by those who send no folder
 
-    with ThreadPoolExecutor(min(_AT_A_TIME, len(items))) as executor:
-        futures = [executor.submit(function, item) for item in items]
+    remaining, is_over = iter(items), threading.Event()
+
+    def work() -> None:
+        for item in itertools.takewhile(lambda _: not is_over.is_set(), remaining):
+            try:
+                function(item)
+            except BaseException:
+                is_over.set()
+                raise
+
+    workers = max(1, min(_AT_A_TIME, len(items)))
+    with ThreadPoolExecutor(workers) as executor:
         try:
-            for future in as_completed(futures):
-                future.result()
+            for worker in as_completed([executor.submit(work) for _ in range(workers)]):
+                worker.result()
         except BaseException:
-            for waiting in futures:
-                waiting.cancel()
+            is_over.set()
             for call in calls:
                 call.cancel()
             raise
@@ -2042,7 +2050,7 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
     def has_unsent(self) -> bool:
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
-    def close(self, *, also_of_parent: bool = True) -> None:
+    def close(self) -> None:
         if self._loop.is_closed():
             self._socket.close()
         elif self._transport is not None:
@@ -2213,7 +2221,7 @@ class AsyncBoxerClient(_Client):
         files = await asyncio.get_running_loop().run_in_executor(None, _local_files, local_path, remote_path)
 
         async def upload(file: tuple[Path, str]) -> None:
-            with open(file[0], "rb") as content:
+            with file[0].open("rb") as content:
                 await self.upload_file(file[1], content, timeout=timeout, retries=retries)
 
         await _for_each_async(upload, files)
