@@ -1,0 +1,4977 @@
+"""The tests of boxer.py, and the server they run against.
+
+The server, `StandIn`, answers as a Boxer server does: `POST /run`, `POST` and `GET /files`, `GET /healthz`.
+It runs programs in gVisor, else in bubblewrap, else in plain namespaces, and takes this machine's own system
+folders, read-only, for every image. It is for one person on one machine: it listens on the loopback address
+alone. On purpose it shares no code with boxer.py, or both would share their mistakes.
+
+    python3 test_boxer.py serve     keeps a server up and prints the BOXER_URL to use
+    python3 test_boxer.py demo      starts one, walks through the client, and prints what comes back
+    python3 -m pytest               runs the tests (only this needs something installed: pytest)
+
+From top to bottom: sandboxes, running a program, Go's ways with text, the store, requests, the server, the
+command line, the tests. BOXER_SANDBOX (gVisor, bubblewrap, namespaces, none) chooses the sandbox; with a real
+server's BOXER_URL the tests of the contract are put to that.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import email.errors
+import email.utils
+import functools
+import http
+import http.server
+import io
+import ipaddress
+import json
+import os
+import posixpath
+import random
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+NOBODY = 65534
+MIB = 1 << 20
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# ------------------------------------------------------------------------------------------------------------
+# Sandboxes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _python_prefix() -> str:
+    """Return where this Python lives if that is outside /usr, but never a folder with people's data in it."""
+    prefix = os.path.realpath(sys.base_prefix)
+    whole = ("/", "/usr", "/root", "/home", "/opt", os.path.expanduser("~"))
+    return "" if prefix in whole or prefix.startswith("/usr/") else prefix
+
+
+PREFIX = _python_prefix()
+SANDBOX_PATH = f"{PREFIX}/bin:{DEFAULT_PATH}" if PREFIX else DEFAULT_PATH
+SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+SYSTEM = [*SYSTEM_FOLDERS, "/etc/alternatives", "/etc/ld.so.cache", *([PREFIX] if PREFIX else [])]
+
+
+def _is_below(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(folder + "/") for folder in folders)
+
+
+@dataclasses.dataclass
+class Job:
+    """One program to run, and the folder in which its sandbox is put together."""
+
+    args: list[str]
+    env: list[str]
+    folder: str
+    cwd: str = "/"
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where mounted -> where it is
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    exec_id: str = dataclasses.field(default_factory=lambda: f"boxer-{uuid.uuid4()}")
+
+    def __post_init__(self) -> None:
+        """Give the program a PATH, and make the two folders."""
+        if not any(entry.startswith("PATH=") for entry in self.env):
+            self.env = [f"PATH={SANDBOX_PATH}", *self.env]
+        self.rootfs, self.output = f"{self.folder}/rootfs", f"{self.folder}/output"
+        os.makedirs(self.rootfs)
+        os.mkdir(self.output)
+        os.chmod(self.output, 0o777)
+
+    @property
+    def nofile(self) -> int:
+        """The number of files the program may have open."""
+        return max(int(self.limits.get("nofile") or 0), 0) or 256
+
+    def binds(self) -> Iterator[tuple[str, str]]:
+        """List what is mounted read-only, as (destination, source), outer folders first."""
+        yield from ((path, path) for path in SYSTEM if os.path.exists(path) and not os.path.islink(path))
+        yield from sorted(self.files.items())
+
+    def host_path(self, path: str) -> str:
+        """Say where on this machine the file is that the program will see at `path`."""
+        path = go_clean(posixpath.join(self.cwd, path))
+        mounts = sorted([*self.binds(), ("/output", self.output)], key=lambda mount: -len(mount[0]))
+        for destination, source in mounts:
+            if _is_below(path, [destination]):
+                return source + path[len(destination) :]
+        return path if _is_below(path, SYSTEM_FOLDERS) else self.rootfs + path
+
+    def build(self) -> None:
+        """Make the root file system: mount points, the system's links, and the working directory.
+
+        Nothing is made inside a system folder: gVisor, as root, would make it on the machine itself.
+        """
+        for name in ("proc", "dev", "sys", "tmp", "output", "etc"):
+            os.mkdir(f"{self.rootfs}/{name}")
+        for link in filter(os.path.islink, SYSTEM_FOLDERS):
+            os.symlink(os.readlink(link), self.rootfs + link)
+        entries = "root:x:0:0:root:/root:/bin/sh\n", f"nobody:x:{NOBODY}:{NOBODY}:nobody:/:/bin/sh\n"
+        _write(f"{self.rootfs}/etc/passwd", "".join(entries))
+        for destination, source in self.binds():
+            _mount_point(self.rootfs + destination, os.path.isdir(source))
+        if not _is_below(self.cwd, [*SYSTEM, "/proc", "/dev", "/sys", "/tmp"]):
+            with contextlib.suppress(OSError):  # a file is in the way: the sandbox will say so
+                os.makedirs(self.host_path(self.cwd), exist_ok=True)
+
+    def misplaced(self) -> str:
+        """Say what would have to be made in a system folder, in gVisor's words for a missing folder."""
+        for path in [*self.files, self.cwd]:
+            if _is_below(path, SYSTEM) and not os.path.exists(path):
+                problem = f'failed to find initial working directory "{path}"'
+                return f"creating process: {problem}: no such file or directory"
+        return ""
+
+    def unstartable(self) -> str:
+        """Say why the program cannot be started, as gVisor does by itself."""
+        if not all("=" in entry for entry in self.env):
+            return "invalid environment variable"
+        program = self.args[0]
+        path = next(entry[5:] for entry in reversed(self.env) if entry.startswith("PATH="))
+        if "/" in program:
+            problem = f"creating process: failed to load {posixpath.join(self.cwd, program)}"
+        else:
+            problem = f'error finding executable "{program}" in PATH [{path.replace(":", " ")}]'
+        places = [program] if "/" in program else [f"{folder}/{program}" for folder in path.split(":")]
+        found = any(os.access(self.host_path(place), os.X_OK) for place in places)
+        return "" if found else f"{problem}: no such file or directory"
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _mount_point(path: str, folder: bool) -> None:
+    os.makedirs(path if folder else os.path.dirname(path), exist_ok=True)
+    if not folder and not os.path.exists(path):
+        _write(path, "")
+
+
+class Sandbox:
+    """A way to run a job: its command line, and what ends it for good."""
+
+    name = ""
+    isolates = True
+
+    def command(self, job: Job) -> list[str]:
+        """Return the command line that runs the job."""
+        raise NotImplementedError
+
+    def refusal(self, job: Job) -> str:
+        """Say why the job cannot start, or nothing."""
+        return job.misplaced() or job.unstartable()
+
+    def kill(self, job: Job, pid: int, ended: Callable[[float], object]) -> None:
+        """End the job and all it has started: from within, so that it can reap its own; then for certain."""
+        if self.isolates and self._killed_inside(job, pid):
+            ended(2.0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def _killed_inside(self, _job: Job, pid: int) -> bool:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            children = [int(child) for child in file.read().split()]
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            return bool(children)
+        return False
+
+    def works(self) -> bool:
+        """Run a program as a real run would, and see whether its output comes back."""
+        with _scratch() as folder:
+            write = "open('/output/probe', 'w').write('kept'); print('printed')"
+            job = Job(["python3", "-c", write], [], f"{folder}/job")
+            try:
+                outcome = execute(self, job, seconds=30, limit=MIB)
+            except (OSError, ValueError):
+                return False
+            return outcome.stdout == b"printed\n" and os.path.exists(f"{job.output}/probe")
+
+
+class GVisor(Sandbox):
+    """gVisor's `runsc`, which Boxer itself uses, with an OCI bundle."""
+
+    name = "gVisor"
+
+    def command(self, job: Job) -> list[str]:
+        """Write the bundle and return the command line."""
+        job.build()
+        _write(f"{job.folder}/config.json", json.dumps(self._specification(job)))
+        return [*self._runsc(job), "run", "--bundle", job.folder, job.exec_id]
+
+    def refusal(self, job: Job) -> str:
+        """Leave it to gVisor to say what is wrong."""
+        return job.misplaced()
+
+    def _killed_inside(self, job: Job, _pid: int) -> bool:
+        ask = [*self._runsc(job), "kill", job.exec_id, "KILL"]
+        return subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+    def _runsc(self, job: Job) -> list[str]:
+        flags = ["--platform=ptrace", "--ignore-cgroups", "--network=none"]
+        return ["runsc", "--root", f"{job.folder}/state", *flags, *(["--rootless"] if os.getuid() else [])]
+
+    def _specification(self, job: Job) -> dict[str, Any]:
+        user = 0 if os.getuid() else NOBODY  # without root, the one user there is has number 0 inside
+        nofile = {"type": "RLIMIT_NOFILE", "hard": job.nofile, "soft": job.nofile}
+        return {
+            "ociVersion": "1.0.2",
+            "process": {
+                "user": {"uid": user, "gid": user},
+                "args": job.args,
+                "env": job.env,
+                "cwd": job.cwd,
+                "capabilities": {},
+                "noNewPrivileges": True,
+                "rlimits": [nofile],
+            },
+            "root": {"path": "rootfs", "readonly": True},
+            "hostname": job.exec_id,
+            "mounts": self._mounts(job),
+            "linux": {
+                "namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount")],
+                "resources": self._resources(job),
+            },
+        }
+
+    def _mounts(self, job: Job) -> list[dict[str, Any]]:
+        size = "size=65536k"
+        mounts = [
+            ("/proc", "proc", "proc", []),
+            ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", size]),
+            ("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", "ro"]),
+            ("/tmp", "tmpfs", "tmpfs", ["nosuid", "nodev", "mode=1777", size]),
+            *((destination, "bind", source, ["rbind", "ro"]) for destination, source in job.binds()),
+            ("/output", "bind", job.output, ["rbind", "rw"]),
+        ]
+        return [dict(zip(("destination", "type", "source", "options"), mount)) for mount in mounts]
+
+    def _resources(self, job: Job) -> dict[str, Any]:
+        return {
+            "memory": {"limit": int(job.limits.get("memory_mb") or 256) * MIB},
+            "cpu": {"period": 100_000, "quota": int((job.limits.get("cpu_cores") or 1.0) * 100_000)},
+            "pids": {"limit": int(job.limits.get("pids_limit") or 64)},
+        }
+
+
+def _as_nobody() -> list[str]:
+    """Return the command that gives up root for good, for those who have it."""
+    drop = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.getuid() == 0 else []
+    return ["setpriv", *drop, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
+
+
+class Bubblewrap(Sandbox):
+    """`bwrap`, which needs no root."""
+
+    name = "bubblewrap"
+
+    def command(self, job: Job) -> list[str]:
+        """Build the root file system and return the command line."""
+        job.build()
+        user = ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)] if os.getuid() else []
+        flags = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+        binds = [text for mount in job.binds() for text in ("--ro-bind", mount[1], mount[0])]
+        return [
+            *("prlimit", f"--nofile={job.nofile}", "bwrap", *user, *flags, "--new-session"),
+            *("--hostname", job.exec_id, "--ro-bind", job.rootfs, "/", *binds),
+            *("--proc", "/proc", "--dev", "/dev", "--bind", job.output, "/output"),
+            *("--size", str(64 * MIB), "--perms", "1777", "--tmpfs", "/tmp"),
+            *(["--dir", job.cwd] if _is_below(job.cwd, ["/tmp"]) else []),
+            *("--chdir", job.cwd, "--", *([] if os.getuid() else _as_nobody())),
+            *("env", "-i", "--", *job.env, *job.args),
+        ]
+
+
+class Namespaces(Sandbox):
+    """`unshare`, and a script that mounts what the program may see."""
+
+    name = "namespaces"
+
+    def command(self, job: Job) -> list[str]:
+        """Build the root file system and return the command line."""
+        job.build()
+        user = ["--user", "--map-root-user"] if os.getuid() else []
+        flags = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
+        return ["unshare", *user, *flags, "--", "sh", "-c", self._script(job)]
+
+    def _script(self, job: Job) -> str:
+        """Return what the first process does. It stays: its own signals could not end a first process."""
+        limit = ["prlimit", f"--nofile={job.nofile}"]
+        program = shlex.join([*limit, *_as_nobody(), "env", "-i", "--", *job.env, *job.args])
+        steps = [*self._steps(job), f"mkdir -p {shlex.quote(job.cwd)}", f"cd {shlex.quote(job.cwd)}"]
+        # The shell is not to report on standard error that a signal ended the program.
+        last = f"exec 3>&2 2>/dev/null\n(exec {program} 2>&3 3>&-)\nexit $?"
+        return f"{' && '.join(steps)} || exit 128\n{last}"
+
+    def _steps(self, job: Job) -> Iterator[str]:
+        root = shlex.quote(job.rootfs)
+        yield f"mount --bind {root} {root}"
+        for destination, source in job.binds():
+            yield from self._bind(source, job.rootfs + destination, read_only=True)
+        yield from self._bind(job.output, f"{job.rootfs}/output", read_only=False)
+        yield f"mount -t tmpfs -o nosuid,nodev,mode=1777,size=64m tmpfs {root}/tmp"
+        yield f"mount -t proc proc {root}/proc && mount -t tmpfs -o mode=755 tmpfs {root}/dev"
+        for name in ("null", "zero", "full", "random", "urandom"):
+            yield f": > {root}/dev/{name} && mount --bind /dev/{name} {root}/dev/{name}"
+        yield f"ln -s /proc/self/fd {root}/dev/fd && mount -o remount,bind,ro,nosuid {root}"
+        yield f"{{ hostname {job.exec_id} || :; }}"
+        yield f"cd {root} && pivot_root . . && umount -l ."
+
+    def _bind(self, source: str, target: str, *, read_only: bool) -> Iterator[str]:
+        yield shlex.join(["mount", "--bind", source, target])
+        if read_only:
+            yield shlex.join(["mount", "-o", "remount,bind,ro,nosuid,nodev", target])
+
+
+class PlainProcesses(Sandbox):
+    """No sandbox: a program runs as the user who started the server, and sees what that user sees."""
+
+    name = "plain processes"
+    isolates = False
+
+    def command(self, job: Job) -> list[str]:
+        """Return the command, with uploaded files where they really are. There is no /output."""
+        start = ["sh", "-c", 'cd "$0" && exec env -i "$@"', self._cwd(job)]
+        return [*start, *job.env, *(job.files.get(arg, arg) for arg in job.args)]
+
+    def _cwd(self, job: Job) -> str:
+        mounted = [(to, source) for to, source in job.files.items() if _is_below(to, [job.cwd])]
+        places = [source[: len(source) - len(to) + len(job.cwd)] for to, source in mounted]
+        return next(filter(os.path.isdir, [*places, job.cwd]), job.folder)
+
+
+class NoSandbox(Sandbox):
+    """What is left on a machine without a sandbox: no program runs at all."""
+
+    name = "no sandbox"
+    isolates = False
+
+    def refusal(self, _job: Job) -> str:
+        """Refuse more firmly: this is no matter of the program's."""
+        raise OSError("no sandbox on this machine")
+
+
+@functools.cache
+def find_sandbox() -> Sandbox | None:
+    """Return the best sandbox that works here, or the one BOXER_SANDBOX names if it does; else None."""
+    wanted = os.environ.get("BOXER_SANDBOX", "").lower()
+    boxes: list[Sandbox] = [GVisor(), Bubblewrap(), Namespaces()] if sys.platform == "linux" else []
+    return next((box for box in boxes if wanted in ("", box.name.lower()) and box.works()), None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running a program
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a job. `ending`: "ended", "late" (its time was up) or "unwanted" (its client left)."""
+
+    ending: str
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    wall_ms: int
+
+
+def execute(sandbox: Sandbox, job: Job, seconds: float, limit: int, client: socket.socket | None = None) -> Outcome:
+    """Run a job to its end, or to the end of its time, or until its client closes the connection."""
+    start = time.monotonic()
+    reason = sandbox.refusal(job)
+    if reason:
+        text = f"running container: starting container: starting root container: starting sandbox: {reason}\n"
+        return Outcome("ended", 128, b"", text.encode("utf-8", "replace"), 0)
+    # Standard input is a pipe, too: gVisor gives what it gets there to nobody, and would so with /dev/null.
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        sandbox.command(job), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+    ) as process:
+        assert process.stdin
+        process.stdin.close()
+        watch = _Watch(process, limit, client)
+        try:
+            ending = watch.wait(start + seconds)
+        finally:
+            if watch.ending != "ended" or not sandbox.isolates:
+                sandbox.kill(job, process.pid, watch.waiter.join)
+            watch.close()
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    stdout, stderr = (bytes(stream) for stream in watch.streams.values())
+    return Outcome(ending, code, stdout, stderr, int((time.monotonic() - start) * 1000))
+
+
+class _Watch:
+    """Wait for a process and read its streams up to the limit; past that it blocks, as under Boxer."""
+
+    def __init__(self, process: subprocess.Popen[bytes], limit: int, client: socket.socket | None) -> None:
+        self.limit, self.client, self.ending = limit, client, ""
+        assert process.stdout and process.stderr
+        self.streams = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+        self.bell, self.rope = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        for fd in self.streams:
+            os.set_blocking(fd, False)
+            self.selector.register(fd, selectors.EVENT_READ, functools.partial(self._read, fd))
+        self.selector.register(self.bell, selectors.EVENT_READ, self._ended)
+        if client:
+            self.selector.register(client, selectors.EVENT_READ, self._client_spoke)
+        self.waiter = threading.Thread(target=self._ring_at_end_of, args=[process], daemon=True)
+        self.waiter.start()
+
+    def wait(self, deadline: float) -> str:
+        """Return why the waiting is over."""
+        while not self.ending:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.ending = "late"
+            for key, _ in self.selector.select(min(max(left, 0), 3600)):
+                key.data()
+        return self.ending
+
+    def close(self) -> None:
+        """Let go of everything. The process has ended."""
+        self.waiter.join()
+        self.selector.close()
+        self.bell.close()
+        self.rope.close()
+
+    def _ring_at_end_of(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self.rope.send(b"!")
+
+    def _ended(self) -> None:
+        for fd in self.streams:
+            while self._read(fd):
+                pass
+        self.ending = self.ending or "ended"
+
+    def _client_spoke(self) -> None:
+        """See whether the client left. Once it has sent its next request, that can no longer be seen."""
+        assert self.client
+        self.selector.unregister(self.client)
+        with contextlib.suppress(ConnectionError):
+            if self.client.recv(1, socket.MSG_PEEK):
+                return
+        self.ending = "unwanted"
+
+    def _read(self, fd: int) -> bool:
+        content = self.streams[fd]
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(fd, min(65536, self.limit - len(content)))
+            content += data
+            if data:
+                return True
+            with contextlib.suppress(KeyError):
+                self.selector.unregister(fd)
+        return False
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """Make a folder for as long as it is needed, whatever a program leaves in it."""
+    folder = tempfile.mkdtemp(prefix="boxer-standin-")
+    try:
+        yield folder
+    finally:
+        _keep_plain_files(folder)
+        shutil.rmtree(folder)
+
+
+def _keep_plain_files(folder: str) -> None:
+    """Leave only files and folders, none of them locked: a link that a program made could lead anywhere."""
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = os.path.join(parent, name)
+            mode = os.lstat(path).st_mode
+            if stat.S_ISDIR(mode):
+                os.chmod(path, 0o755)
+            elif not stat.S_ISREG(mode):
+                os.unlink(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Go's ways with text
+# ------------------------------------------------------------------------------------------------------------
+
+# encoding/json escapes what could hurt in HTML, and marks each byte that is not UTF-8.
+_JSON_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+_JSON_ESCAPES.update(dict.fromkeys(range(0xD800, 0xE000), "\\ufffd"))
+# What Python's decoder complains of, in Go's words.
+_SYNTAX_ERRORS = {
+    "Expecting property name": "looking for beginning of object key string",
+    "Expecting value": "looking for beginning of value",
+    "Expecting ':'": "after object key",
+    "Expecting ','": "after object key:value pair",
+}
+_GO_NAMES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]string"}
+_JSON_NAMES = {str: "string", bool: "bool", list: "array", dict: "object"}
+_RUN_FIELDS = {
+    "image": str,
+    "cmd": list,
+    "env": list,
+    "cwd": str,
+    "limits": dict,
+    "files": list,
+    "persist": bool,
+    "network": str,
+}
+_LIMIT_FIELDS = {
+    "cpu_cores": float,
+    "memory_mb": int,
+    "pids_limit": int,
+    "wall_clock_secs": int,
+    "nofile": int,
+}
+
+
+class Refusal(Exception):
+    """An answer other than the one that was asked for: a status code, and the reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        """Keep both."""
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+class _Real(float):
+    """A number written with a point or an exponent, and how it was written."""
+
+    literal = ""
+
+
+def _real(literal: str) -> _Real:
+    number = _Real(literal)
+    number.literal = literal
+    return number
+
+
+def go_json(value: object) -> bytes:
+    """Encode as encoding/json does."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.translate(_JSON_ESCAPES).encode()
+
+
+def go_quote(text: str) -> str:
+    """Quote as %q does, but for control characters."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def go_clean(path: str) -> str:
+    """Clean a path as filepath.Clean does; unlike Python's normpath, two leading slashes become one."""
+    return re.sub("^//+", "/", posixpath.normpath(path)) if path else "."
+
+
+def _go_field(value: Any, kind: type, name: str) -> Any:
+    """Return a field's value, which must be of its kind; null stands for the kind's zero."""
+    if value is None:
+        return kind()
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is int and fits:
+        fits = -(1 << 63) <= value < 1 << 63
+    if not fits and not (kind is float and type(value) is int):
+        found = _JSON_NAMES.get(type(value), "number")
+        if kind is int and found == "number":
+            found += " " + getattr(value, "literal", str(value))
+        field = f"{name} of type {_GO_NAMES.get(kind, 'ResourceLimits')}"
+        raise Refusal(400, f"json: cannot unmarshal {found} into Go struct field {field}")
+    if kind is list:
+        return [_go_field(item, str, name) for item in value]
+    return go_struct(value, _LIMIT_FIELDS, "ResourceLimits.limits") if kind is dict else value
+
+
+def go_struct(value: Mapping[str, Any], kinds: Mapping[str, type], name: str) -> dict[str, Any]:
+    """Return the fields that are known, in the order in which they were sent; Go complains of the first."""
+    return {key: _go_field(item, kinds[key], f"{name}.{key}") for key, item in value.items() if key in kinds}
+
+
+def go_decode(content: bytes) -> Any:
+    """Decode the first JSON value; what follows it is ignored."""
+    text = content.decode("utf-8", "replace").lstrip(" \t\r\n")
+    if not text:
+        raise Refusal(400, "EOF")
+    try:
+        return json.JSONDecoder(parse_float=_real, parse_constant=_no_constant).raw_decode(text)[0]
+    except json.JSONDecodeError as error:
+        raise Refusal(400, _syntax_error(error)) from None
+
+
+def _no_constant(name: str) -> None:
+    raise Refusal(400, f"invalid character '{name[0]}' looking for beginning of value")
+
+
+def _syntax_error(error: json.JSONDecodeError) -> str:
+    if error.pos >= len(error.doc) or error.msg.startswith("Unterminated"):
+        return "unexpected EOF"
+    where = next((go for python, go in _SYNTAX_ERRORS.items() if error.msg.startswith(python)), "in JSON")
+    return f"invalid character '{error.doc[error.pos]}' {where}"
+
+
+def run_request(content: bytes) -> dict[str, Any]:
+    """Bind the content of `POST /run`, as gin does, with its validator's messages."""
+    value = go_decode(content)
+    if not isinstance(value, dict):
+        found = _JSON_NAMES.get(type(value), "number")
+        raise Refusal(400, f"json: cannot unmarshal {found} into Go value of type RunRequest")
+    request = go_struct(value, _RUN_FIELDS, "RunRequest")
+    failed = [] if request.get("image") else [("Image", "required")]
+    if not request.get("cmd"):
+        failed.append(("Cmd", "min" if value.get("cmd") == [] else "required"))
+    if failed:
+        key = "Key: 'RunRequest.{0}' Error:Field validation for '{0}' failed on the '{1}' tag"
+        raise Refusal(400, "\n".join(key.format(*which) for which in failed))
+    if request.get("network", "") not in ("", "none", "sandbox", "host"):
+        raise Refusal(400, "invalid network: must be none, sandbox, or host")
+    return request
+
+
+def check_image(reference: str) -> None:
+    """Refuse an image that is none of those this machine stands in for."""
+    if re.fullmatch(r"(docker\.io/)?(library/)?(python|node|perl)(:[\w.-]+)?", reference):
+        return
+    problem = f"image pull failed: resolve digest for {reference}: "
+    if not re.fullmatch(r"[a-z0-9._/:-]+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", reference):
+        raise Refusal(500, f"{problem}parse ref: could not parse reference: {reference}")
+    missing = f"Error response from daemon: No such image: {reference}"
+    raise Refusal(500, f"{problem}docker inspect {reference}: {missing}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The store
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The uploaded files and the outputs that were kept. One for the whole server, as under Boxer."""
+
+    def __init__(self, folder: str) -> None:
+        """Keep files in `folder`."""
+        self.root, self.incoming = f"{folder}/files", f"{folder}/incoming"
+        self._lock = threading.Lock()
+        os.makedirs(f"{self.root}/output")
+        os.mkdir(self.incoming)
+
+    def locate(self, path: str, *, writing: bool = False) -> str:
+        """Return where a path of the store is."""
+        clean = go_clean(path)
+        if clean == "." or clean.startswith(".."):
+            raise Refusal(400, f"invalid path: {go_quote(path)}")
+        if writing and _is_below(clean, ["output"]):
+            raise Refusal(400, f"path uses reserved prefix 'output/': {go_quote(path)}")
+        return f"{self.root}/{clean.lstrip('/')}".rstrip("/")
+
+    def put(self, path: str, incoming: str) -> None:
+        """Move an uploaded file into its place, over what was there."""
+        target = self.locate(path, writing=True)
+        try:
+            with self._lock:
+                if os.path.isdir(target):
+                    raise IsADirectoryError(21, "is a directory")
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.chmod(incoming, 0o644)
+                os.replace(incoming, target)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "invalid argument"
+            raise Refusal(400, f"create file: open {target}: {reason.lower()}") from None
+
+    def mounts(self, paths: Sequence[str]) -> dict[str, str]:
+        """Return where each file is mounted and where it is; refuse what no sandbox could be built with."""
+        return self._checked(self._found(paths))
+
+    def _found(self, paths: Sequence[str]) -> list[tuple[str, str]]:
+        found = []
+        for path in paths:
+            try:
+                source = self.locate(path)
+            except Refusal as refusal:
+                raise Refusal(400, f"invalid file path: {refusal.reason}") from None
+            if not os.path.exists(source):
+                raise Refusal(400, f"file not found: {path}")
+            found.append(("/" + go_clean(path).lstrip("/"), source))
+        return found
+
+    def _checked(self, found: Sequence[tuple[str, str]]) -> dict[str, str]:
+        mounts: dict[str, str] = {}
+        for destination, source in [*found, ("/output", "")]:
+            if destination in ("/proc", "/dev", "/sys", "/tmp"):
+                problem = "mount destination conflicts with reserved mount"
+                raise Refusal(500, f"spec build failed: {problem}: {go_quote(destination)}")
+            if destination in mounts:
+                raise Refusal(500, f"spec build failed: duplicate mount destination: {go_quote(destination)}")
+            mounts[destination] = source
+        del mounts["/output"]
+        return mounts
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete each in turn: a folder only if it is empty by then."""
+        for path in paths:
+            with contextlib.suppress(OSError, Refusal), self._lock:
+                target = self.locate(path, writing=True)
+                (os.rmdir if os.path.isdir(target) else os.unlink)(target)
+
+    def keep(self, exec_id: str, output: str) -> None:
+        """Take over what a run has written."""
+        _keep_plain_files(output)
+        os.chmod(output, 0o755)
+        shutil.move(output, f"{self.root}/output/{exec_id}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Requests
+# ------------------------------------------------------------------------------------------------------------
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(rf';\s*({_TOKEN})=("(?:[^"\\]|\\.)*"|{_TOKEN})')
+
+
+def parameters(value: str) -> tuple[str, dict[str, str]]:
+    """Split a field value such as `form-data; name="file"`."""
+    kind, _, _ = value.partition(";")
+    rest = value[len(kind) :]
+    if not re.fullmatch(f"(?:{_PARAMETER.pattern})*", rest):
+        return "", {}
+    return kind.lower(), {name.lower(): _unquoted(text) for name, text in _PARAMETER.findall(rest)}
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text[1:-1]) if text.startswith('"') else text
+
+
+class Content:
+    """The content of a request, read as it arrives; past `limit` bytes it is refused."""
+
+    def __init__(self, source: io.BufferedIOBase, length: int | None) -> None:
+        """Read `length` bytes, or chunks where that is None."""
+        self.source, self.chunked = source, length is None
+        self.left, self.total, self.limit = length or 0, 0, sys.maxsize
+        self.ended = length == 0
+
+    def read(self, size: int = 65536) -> bytes:
+        """Return some bytes, at most `size`, or none at the end."""
+        if self.chunked and not self.left and not self.ended:
+            self._next_chunk()
+        if self.ended:
+            return b""
+        data = self.source.read1(min(size, self.left))
+        if not data:
+            raise ConnectionAbortedError("the client left before its request was complete")
+        self._count(len(data))
+        return data
+
+    def rest(self) -> bytes:
+        """Return all that is left."""
+        return b"".join(iter(self.read, b""))
+
+    def skip(self, size: int) -> bool:
+        """Pass over what the handler left unread, up to `size` bytes; say whether that was all."""
+        self.limit = self.total + size
+        with contextlib.suppress(Refusal):
+            while self.read():
+                pass
+        return self.ended
+
+    def _count(self, size: int) -> None:
+        self.left -= size
+        self.total += size
+        if self.total > self.limit:
+            raise Refusal(413, "upload exceeds limit")
+        if not self.left and self.chunked:
+            self._line(rb"\r\n")
+        self.ended = not self.left and not self.chunked
+
+    def _next_chunk(self) -> None:
+        self.left = int(self._line(rb"([0-9a-fA-F]{1,15})(?:;[^\r\n]*)?\r\n")[1], 16)
+        if not self.left:
+            self.ended = True
+            while not re.fullmatch(rb"\r?\n?", self.source.readline(65537)):
+                pass  # the trailer section
+
+    def _line(self, pattern: bytes) -> re.Match[bytes]:
+        line = self.source.readline(4096)
+        match = re.fullmatch(pattern, line)
+        if not match:
+            self.limit = -1  # there is no telling any more where this request ends
+            raise Refusal(400, "invalid byte in chunk length")
+        return match
+
+
+class Multipart:
+    """The parts of multipart/form-data (RFC 7578), streamed. Strict: a client has no excuse."""
+
+    def __init__(self, content: Content, boundary: str) -> None:
+        """Read from `content`. The first delimiter has no line before it, so one is put there."""
+        self.content, self.buffer, self.delimiter = content, b"\r\n", b"\r\n--" + boundary.encode()
+
+    def parts(self) -> Iterator[tuple[dict[str, str], Iterator[bytes]]]:
+        """Yield each part's Content-Disposition parameters and its content, to be read before the next."""
+        self._require(b"".join(self._until(self.delimiter)) == b"")
+        while self._take(2) == b"\r\n":
+            head = b"".join(self._until(b"\r\n\r\n")).decode("utf-8", "replace")
+            yield self._disposition(head), self._until(self.delimiter)
+        self._require(self.taken == b"--" and self.buffer + self.content.rest() in (b"", b"\r\n"))
+
+    def _disposition(self, head: str) -> dict[str, str]:
+        fields = [line.partition(": ") for line in head.split("\r\n")]
+        self._require(all(re.fullmatch(_TOKEN, name) and colon for name, colon, _ in fields))
+        values = [value for name, _, value in fields if name.lower() == "content-disposition"]
+        self._require(len(values) == 1 and parameters(values[0])[0] == "form-data")
+        return parameters(values[0])[1]
+
+    def _until(self, mark: bytes) -> Iterator[bytes]:
+        while mark not in self.buffer:
+            safe = max(len(self.buffer) - len(mark) + 1, 0)
+            yield self.buffer[:safe]
+            self.buffer = self.buffer[safe:] + self._more()
+        data, _, self.buffer = self.buffer.partition(mark)
+        yield data
+
+    def _take(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            self.buffer += self._more()
+        self.taken, self.buffer = self.buffer[:size], self.buffer[size:]
+        return self.taken
+
+    def _more(self) -> bytes:
+        data = self.content.read()
+        self._require(bool(data))
+        return data
+
+    def _require(self, fulfilled: bool) -> None:
+        if not fulfilled:
+            raise Refusal(400, "form field 'file' is required: multipart: NextPart: EOF")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The server
+# ------------------------------------------------------------------------------------------------------------
+
+# Go's reason phrases, which newer Pythons have renamed.
+_REASONS = {413: "Request Entity Too Large", 416: "Requested Range Not Satisfiable"}
+_JSON = "application/json; charset=utf-8"
+_TEXT = "text/plain; charset=utf-8"
+_TYPES = {  # by extension; all others are judged by their first bytes
+    ".py": "text/x-python; charset=utf-8",
+    ".txt": _TEXT,
+    ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
+    ".bin": "application/octet-stream",
+    ".png": "image/png",
+}
+_HEAD_DEFECTS = (  # the others are about multipart content, which this parser does not see
+    email.errors.MissingHeaderBodySeparatorDefect,
+    email.errors.FirstHeaderLineIsContinuationDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect,
+)
+_SKIPPED_AT_MOST = 256 << 10  # what Go reads of a request nobody wants, to keep the connection
+_LINGER = 0.5  # seconds for which Go keeps the socket, so that the client can read an early answer
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection. Answers have the fields, in the order, that Go's net/http and gin give them."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: StandIn
+    content: Content
+    close_early = False
+
+    def handle_one_request(self) -> None:
+        """Read a request and answer it."""
+        self.raw_requestline = self.rfile.readline(65537)
+        if not self.raw_requestline or not self.parse_request():
+            self.close_connection = True
+            return
+        self.server.saw(self.command, self.path)
+        try:
+            self._route()
+        except Refusal as refusal:
+            self._send(refusal.status, go_json({"error": refusal.reason}), {"Content-Type": _JSON})
+        except _BadRange as problem:
+            text, *sized = problem.args
+            fields = {"Content-Range": sized[0]} if sized else {}
+            fields.update({"Content-Type": _TEXT, "X-Content-Type-Options": "nosniff"})
+            self._send(416, f"{text}\n".encode(), fields)
+        if self.close_early:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.server.stopping.wait(_LINGER)
+
+    def parse_request(self) -> bool:
+        """Read the head; refuse what Go refuses."""
+        if not super().parse_request():
+            return False
+        hosts, lengths = (self.headers.get_all(name, []) for name in ("Host", "Content-Length"))
+        coding = self.headers.get("Transfer-Encoding")
+        sound = all(re.fullmatch(_TOKEN, name) and "\n" not in value for name, value in self.headers.items())
+        sound = sound and not any(isinstance(defect, _HEAD_DEFECTS) for defect in self.headers.defects)
+        sound = sound and coding in (None, "chunked") and len(set(lengths)) < 2
+        if not sound or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            self.send_error(400)
+        elif len(hosts) != 1 and self.request_version == "HTTP/1.1":
+            self.send_error(400, "missing required Host header" if not hosts else "too many Host headers")
+        else:
+            self.content = Content(self.rfile, None if coding else int((lengths or ["0"])[0]))
+            return True
+        return False
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer to what is no HTTP, as net/http does."""
+        known = code in (400, 431, 505)
+        reason = f"{code} {http.HTTPStatus(code).phrase}" if known else "400 Bad Request"
+        if message in ("missing required Host header", "too many Host headers"):
+            reason += f": {message}"
+        fields = "Content-Type: text/plain; charset=utf-8\r\nConnection: close"
+        self.wfile.write(f"HTTP/1.1 {reason.partition(':')[0]}\r\n{fields}\r\n\r\n{reason}".encode())
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name that it has
+        """Stay silent."""
+
+    def _route(self) -> None:
+        if not self.server.welcomes(self.headers.get("Host", ""), self.headers.get("Origin")):
+            return self._text(403, "this server answers only to programs on its own machine")
+        path = urllib.parse.urlsplit(self.path).path
+        routes: dict[tuple[str, str], Callable[[], None]] = {
+            ("GET", "/healthz"): lambda: self._json({"ok": True}),
+            ("POST", "/run"): lambda: self._json(self.server.run(self.content.rest(), self.connection)),
+            ("POST", "/files"): lambda: self._json({"path": self._upload()}),
+            ("GET", "/files"): self._download,
+        }
+        if (self.command, path) in routes:
+            return routes[self.command, path]()
+        return self._text(404, "404 page not found")
+
+    def _upload(self) -> str:
+        kind, values = parameters(self.headers.get("Content-Type", ""))
+        if kind != "multipart/form-data":
+            problem = "request Content-Type isn't multipart/form-data"
+        elif "boundary" not in values:
+            problem = "no multipart boundary param in Content-Type"
+        else:
+            self.content.limit = self.server.upload_limit
+            return self.server.upload(Multipart(self.content, values["boundary"]))
+        raise Refusal(400, f"form field 'file' is required: {problem}")
+
+    def _download(self) -> None:
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query, keep_blank_values=True)
+        path = query.get("path", [""])[0]
+        if not path:
+            raise Refusal(400, "query parameter 'path' is required")
+        target = self.server.store.locate(path)
+        if os.path.isdir(target):
+            return self._send(301, b"", {"Location": f"files/?{urllib.parse.urlsplit(self.path).query}"})
+        try:
+            file = open(target, "rb")  # noqa: SIM115 - it is closed once it is sent
+        except (OSError, ValueError):
+            raise Refusal(404, "file not found") from None
+        with file:
+            return self._send_file(file, target)
+
+    def _send_file(self, file: IO[bytes], path: str) -> None:
+        status = os.fstat(file.fileno())
+        part = self._range(status.st_size)
+        extent = range(status.st_size) if part is None else part
+        fields = {
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(len(extent)),
+            "Content-Type": _TYPES.get(os.path.splitext(path)[1]) or _sniffed(file.read(512)),
+            "Last-Modified": email.utils.formatdate(status.st_mtime, usegmt=True),
+        }
+        if part is not None:
+            fields["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{status.st_size}"
+        file.seek(extent.start)
+        first = file.read(min(len(extent), MIB))
+        self._send(200 if part is None else 206, first, fields)
+        for start in range(extent.start + MIB, extent.stop, MIB):
+            self.wfile.write(file.read(min(extent.stop - start, MIB)))
+
+    def _range(self, size: int) -> range | None:
+        """Return the one part that is asked for, or None for all of it."""
+        value = self.headers.get("Range")
+        if not value or not size or "," in value:
+            return None
+        match = re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", value)
+        if not match:
+            raise _BadRange("invalid range")
+        first, last, suffix = match.groups()
+        start = int(first) if first else max(size - int(suffix), 0)
+        stop = min(int(last) + 1, size) if last else size
+        if start >= stop:
+            raise _BadRange("invalid range: failed to overlap", f"bytes */{size}")
+        return range(start, stop)
+
+    def _json(self, value: object) -> None:
+        self._send(200, go_json(value), {"Content-Type": _JSON})
+
+    def _text(self, status: int, text: str) -> None:
+        self._send(status, text.encode(), {"Content-Type": "text/plain"})
+
+    def _send(self, status: int, content: bytes, fields: dict[str, str]) -> None:
+        """Send an answer at once: the handler's fields in the order of their names, then net/http's own."""
+        self.close_early = self.content.limit < self.content.total or not self.content.skip(_SKIPPED_AT_MOST)
+        own = {"Date": email.utils.formatdate(usegmt=True)}
+        chunked = len(content) > 2048 and "Content-Length" not in fields and self.request_version == "HTTP/1.1"
+        if not chunked and "Content-Length" not in fields:
+            own["Content-Length"] = str(len(content))
+        if self.close_early or self.headers.get("Connection", "").lower() == "close":
+            own["Connection"], self.close_connection = "close", True
+        if chunked:
+            own["Transfer-Encoding"] = "chunked"
+            content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+        lines = [f"{name}: {value}\r\n" for name, value in [*sorted(fields.items()), *own.items()]]
+        reason = _REASONS.get(status) or http.HTTPStatus(status).phrase
+        head = f"HTTP/1.1 {status} {reason}\r\n{''.join(lines)}\r\n".encode("utf-8", "surrogateescape")
+        self.wfile.write(head + (b"" if self.command == "HEAD" else content))
+
+
+class _BadRange(Exception):
+    """A 416, whose fields are its own."""
+
+
+def _sniffed(start: bytes) -> str:
+    binary = any(byte < 0x20 and byte not in b"\t\n\f\r\x1b" for byte in start)
+    return "application/octet-stream" if binary else _TEXT
+
+
+class StandIn(http.server.ThreadingHTTPServer):
+    """A Boxer server for tests, on the loopback address; a context manager.
+
+    sandbox -- where programs run; by default the best that works here; without one, a run gets a 500
+    race -- the share of runs (0.0 to 1.0) whose output the server loses, as Boxer's does
+    upload_limit, output_limit -- in bytes, for the content of an upload and for each of a run's streams
+    allowed_hosts -- values of `Host` to be let in besides those of this machine
+
+    For tests: `url`, `port`; `connections` (how many were accepted), `requests` (each one's method and
+    target), `runs` (how many were started), `runs_live` (the ids of those going on), `runs_killed` (how many
+    ended because their client had gone).
+    """
+
+    daemon_threads = True
+    request_queue_size = 4096
+
+    def __init__(
+        self,
+        *,
+        sandbox: Sandbox | None = None,
+        port: int = 0,
+        race: float = 0.0,
+        upload_limit: int = 10 * MIB,
+        output_limit: int = 10 * MIB,
+        allowed_hosts: Sequence[str] = (),
+    ) -> None:
+        """Listen; answer once entered."""
+        self.sandbox = sandbox or find_sandbox() or NoSandbox()
+        self.race, self.upload_limit, self.output_limit = race, upload_limit, output_limit
+        self.allowed_hosts = frozenset(allowed_hosts)
+        self.connections, self.runs, self.runs_killed = 0, 0, 0
+        self.requests: list[tuple[str, str]] = []
+        self.runs_live: set[str] = set()
+        self.stopping = threading.Event()
+        self._condition = threading.Condition()
+        self._random = random.Random(0)
+        self._handlers: dict[threading.Thread, socket.socket] = {}
+        super().__init__(("127.0.0.1", port), Handler)
+        self.port: int = self.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> StandIn:
+        """Start to answer."""
+        self._exit = contextlib.ExitStack()
+        self.folder = self._exit.enter_context(_scratch())
+        self.store = Store(self.folder)
+        self._bell, self._rope = socket.socketpair()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close every connection, which kills the runs, and leave nothing behind."""
+        self.stopping.set()
+        self._rope.send(b"!")
+        self._acceptor.join()
+        with self._condition:
+            handlers = dict(self._handlers)
+            for connection in handlers.values():
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        for thread in handlers:
+            thread.join()
+        for end in (self._bell, self._rope):
+            end.close()
+        self.server_close()
+        self._exit.close()
+
+    def wait_for(self, predicate: Callable[[], object], seconds: float = 10.0) -> bool:
+        """Wait until something is true of the attributes; say whether it came to be."""
+        with self._condition:
+            return bool(self._condition.wait_for(predicate, seconds))
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._condition:
+            yield
+            self._condition.notify_all()
+
+    # Connections
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of a name that HTTPServer makes."""
+        socketserver.TCPServer.server_bind(self)
+
+    def _accept(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._bell, selectors.EVENT_READ)
+            while not self.stopping.is_set():
+                if self.socket in [key.fileobj for key, _ in selector.select()]:
+                    self.handle_request()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread that is known."""
+        thread = threading.Thread(target=self._serve, args=[request, client_address], daemon=True)
+        with self._change():
+            self.connections += 1
+            self._handlers[thread] = request
+        thread.start()
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        try:
+            self.process_request_thread(request, client_address)
+        finally:
+            with self._change():
+                del self._handlers[threading.current_thread()]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Be silent about a client that went away, and loud about anything else."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+    def saw(self, method: str, target: str) -> None:
+        """Note a request."""
+        with self._change():
+            self.requests.append((method, target))
+
+    def welcomes(self, host: str, origin: str | None) -> bool:
+        """Say whether a request comes from this machine, and not by way of somebody's browser."""
+        name = re.sub(r":\d*$", "", host).lower()
+        if self.allowed_hosts & {host, name}:
+            return True
+        return origin is None and (name == "localhost" or _is_loopback(name.strip("[]")))
+
+    # Uploads and runs
+
+    def upload(self, multipart: Multipart) -> str:
+        """Store the part `file` under the name in the part `path`, and return that name."""
+        path, incoming = None, f"{self.store.incoming}/{uuid.uuid4()}"
+        try:
+            for names, content in multipart.parts():
+                if names.get("name") == "file" and names.get("filename") and not os.path.exists(incoming):
+                    with open(incoming, "wb") as file:
+                        file.writelines(content)
+                    continue
+                value = b"".join(content).decode("utf-8", "surrogateescape")
+                if names.get("name") == "path" and path is None:
+                    path = value
+            return self._stored(path, incoming)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(incoming)
+
+    def _stored(self, path: str | None, incoming: str) -> str:
+        if not os.path.exists(incoming):
+            raise Refusal(400, "form field 'file' is required: http: no such file")
+        if not path:
+            raise Refusal(400, "form field 'path' is required")
+        self.store.put(path, incoming)
+        return path
+
+    def run(self, content: bytes, client: socket.socket) -> dict[str, object]:
+        """Run what `POST /run` asks for and return its answer."""
+        request = run_request(content)
+        check_image(request["image"])
+        files, limits = request.get("files") or [], request.get("limits") or {}
+        mounts = self.store.mounts(files)
+        with _scratch() as folder:
+            cwd = go_clean("/" + (request.get("cwd") or ""))
+            job = Job(request["cmd"], request.get("env") or [], f"{folder}/job", cwd, mounts, limits)
+            outcome = self._execute(job, client)
+            if request.get("persist"):
+                self.store.keep(job.exec_id, job.output)
+            else:
+                self.store.delete(files)
+        streams = {"stdout": _text_of(outcome.stdout), "stderr": _text_of(outcome.stderr)}
+        return {"exec_id": job.exec_id, "exit_code": outcome.exit_code, **streams, "wall_ms": outcome.wall_ms}
+
+    def _execute(self, job: Job, client: socket.socket) -> Outcome:
+        nanoseconds = int(job.limits.get("wall_clock_secs") or 30) * 10**9
+        if (nanoseconds + 2**63) % 2**64 <= 2**63:  # negative, in Go's 64 bits
+            raise Refusal(500, "start runsc: context deadline exceeded")
+        with self._running(job):
+            try:
+                outcome = execute(self.sandbox, job, nanoseconds / 10**9, self.output_limit, client)
+            except (OSError, ValueError) as error:
+                raise Refusal(500, f"start runsc: {error}") from None
+        if outcome.ending == "unwanted":
+            self._give_up_on_client()
+        if outcome.ending == "late":
+            raise Refusal(408, f"execution timed out after {outcome.wall_ms}ms")
+        if self.output_limit in (len(outcome.stdout), len(outcome.stderr)):
+            raise Refusal(507, f"output limit exceeded: limit={self.output_limit} bytes")
+        self._lose_the_race_at_times()
+        return outcome
+
+    @contextlib.contextmanager
+    def _running(self, job: Job) -> Iterator[None]:
+        with self._change():
+            self.runs += 1
+            self.runs_live.add(job.exec_id)
+        try:
+            yield
+        finally:
+            with self._change():
+                self.runs_live.discard(job.exec_id)
+
+    def _give_up_on_client(self) -> None:
+        with self._change():
+            self.runs_killed += 0 if self.stopping.is_set() else 1
+        raise ConnectionAbortedError("the client has gone")
+
+    def _lose_the_race_at_times(self) -> None:
+        with self._condition:
+            lost = self._random.random() < self.race
+            stream = self._random.choice(["stdout", "stdout", "stderr"])
+        if lost:
+            raise Refusal(500, f"read {stream}: read |0: file already closed")
+
+
+def _text_of(output: bytes) -> str:
+    return output.decode("utf-8", "surrogateescape")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------
+
+_NO_SANDBOX = "WARNING: this is no sandbox. Programs run as you, and can read, change and send whatever you can."
+_INSTALL = "No sandbox works here: install gVisor (runsc), bubblewrap (bwrap) or util-linux (unshare)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve or demonstrate."""
+    parser = argparse.ArgumentParser(description="A stand-in for a Boxer server.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_parser = commands.add_parser("serve", help="keep a server up until Ctrl-C")
+    serve_parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    serve_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
+    commands.add_parser("demo", help="start a server and walk through the client")
+    options = parser.parse_args(arguments)
+    return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
+
+
+def serve(port: int, *, unsafe: bool) -> int:
+    """Keep a server up until it is interrupted."""
+    sandbox = find_sandbox() or (PlainProcesses() if unsafe else None)
+    if sandbox is None:
+        print(f"{_INSTALL}, or say --unsafe to go without.", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), StandIn(sandbox=sandbox, port=port) as server:
+        print(f"export BOXER_URL={server.url}", flush=True)
+        print(f"# programs run in: {sandbox.name}", flush=True)
+        if not sandbox.isolates:
+            print(_NO_SANDBOX, file=sys.stderr, flush=True)
+        threading.Event().wait()
+    return 0
+
+
+def demo() -> int:
+    """Walk through the client, and return 0 if everything came back as expected."""
+    sandbox = find_sandbox() or PlainProcesses()
+    print(f"Programs run in: {sandbox.name}")
+    if not sandbox.isolates:
+        print(f"{_INSTALL}.\n{_NO_SANDBOX}", file=sys.stderr)
+    with StandIn(sandbox=sandbox) as server:
+        return 0 if Demo(server).succeeds() else 1
+
+
+class Demo:
+    """What the README shows, done."""
+
+    def __init__(self, server: StandIn) -> None:
+        """Import the client from the file beside this one."""
+        import boxer
+
+        self.boxer: Any = boxer
+        self.server = server
+
+    def succeeds(self) -> bool:
+        """Do every step; say of each whether what came back is what was expected."""
+        steps = [
+            self.python,
+            self.node,
+            self.perl,
+            self.exit_code,
+            self.files,
+            self.time_limit,
+            self.bad_request,
+        ]
+        with self.boxer.BoxerClient(self.server.url) as client:
+            results = [self._step(step, client) for step in steps]
+        return all([*results, self._step(self.five_at_once, None)])
+
+    def _step(self, step: Callable[[Any], str], client: Any) -> bool:
+        name = step.__name__.replace("_", " ")
+        try:
+            print(f"  {name}: {step(client)}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+            print(f"! {name}: not as expected: {error!r}")
+            return False
+        return True
+
+    def python(self, client: Any) -> str:
+        """Say hello."""
+        return self._hello(client, "python:3.12-slim", ["python3", "-c", "print('Hello from Python')"])
+
+    def node(self, client: Any) -> str:
+        """Say hello."""
+        return self._hello(client, "node:20-slim", ["node", "-e", "console.log('Hello from Node')"])
+
+    def perl(self, client: Any) -> str:
+        """Say hello."""
+        return self._hello(client, "perl:5.38-slim", ["perl", "-e", "print qq(Hello from Perl\\n)"])
+
+    def _hello(self, client: Any, image: str, cmd: list[str]) -> str:
+        if not shutil.which(cmd[0], path=SANDBOX_PATH):
+            return f"skipped: {cmd[0]} is not installed on this machine"
+        result = client.run(image=image, cmd=cmd)
+        assert (result.exit_code, result.stdout[:11]) == (0, "Hello from "), result
+        return f"{result.stdout!r} after {result.wall_ms} ms"
+
+    def exit_code(self, client: Any) -> str:
+        """Fail, and say so."""
+        result = client.run(image="python:3.12-slim", cmd=["python3", "-c", "import sys; sys.exit('no luck')"])
+        assert (result.exit_code, result.stderr) == (1, "no luck\n"), result
+        return f"exit code {result.exit_code}, stderr {result.stderr!r}"
+
+    def files(self, client: Any) -> str:
+        """Send a program, run it, and fetch what it wrote."""
+        if not self.server.sandbox.isolates:
+            return "skipped: only a sandbox has an /output"
+        client.upload_file("compute.py", _COMPUTE)
+        cmd = ["python3", "/compute.py"]
+        result = client.run(image="python:3.12-slim", cmd=cmd, files=["compute.py"], persist=True)
+        assert result.exit_code == 0, result
+        names = "result.json", "subdir/file.bin"
+        contents = [client.download_file(f"output/{result.exec_id}/{name}") for name in names]
+        assert contents == [b'{"value": 42}', bytes(range(256))], contents
+        return f"{contents[0].decode()} and {len(contents[1])} bytes"
+
+    def time_limit(self, client: Any) -> str:
+        """Take too long."""
+        limits = self.boxer.ResourceLimits(wall_clock_secs=1)
+        cmd = ["python3", "-c", "while True: pass"]
+        return self._error(408, self.boxer.BoxerTimeoutError, client, cmd=cmd, limits=limits)
+
+    def bad_request(self, client: Any) -> str:
+        """Name a file that is not there."""
+        return self._error(400, self.boxer.BoxerAPIError, client, cmd=["true"], files=["never-uploaded.py"])
+
+    def _error(self, status: int, kind: type[Exception], client: Any, **run: Any) -> str:
+        try:
+            result = client.run(image="python:3.12-slim", **run)
+        except kind as error:
+            assert getattr(error, "status_code", None) == status, error  # noqa: PT017 - this is no test
+            return f"{kind.__name__}, status {status}: {error}"
+        raise AssertionError(f"no error, but {result}")
+
+    def five_at_once(self, _client: Any) -> str:
+        """Run five programs at a time."""
+        return asyncio.run(self._five())
+
+    async def _five(self) -> str:
+        async with self.boxer.AsyncBoxerClient(self.server.url) as client:
+            cmds = [["python3", "-c", f"print({number} ** 2)"] for number in range(5)]
+            results = await asyncio.gather(*(client.run(image="python:3.12-slim", cmd=cmd) for cmd in cmds))
+        numbers = [int(result.stdout) for result in results]
+        assert numbers == [0, 1, 4, 9, 16], numbers
+        return f"{numbers}"
+
+
+_COMPUTE = b"""
+import os
+os.mkdir("/output/subdir")
+open("/output/result.json", "w").write('{"value": 42}')
+open("/output/subdir/file.bin", "wb").write(bytes(range(256)))
+"""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the tests need on top: a program that serves does without
+# ---------------------------------------------------------------------------------------------------------------------
+
+import array
+import base64
+import collections
+import copy
+import email.message
+import enum
+import errno
+import gc
+import hashlib
+import inspect
+import itertools
+import logging
+import math
+import pickle
+import select
+import ssl
+import struct
+import traceback
+import urllib.error
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Union
+
+import pytest
+import trustme
+
+import boxer
+from boxer import (
+    AsyncBoxerClient,
+    BoxerAPIError,
+    BoxerClient,
+    BoxerConnectionError,
+    BoxerError,
+    BoxerExitError,
+    BoxerOutputLimitError,
+    BoxerTimeoutError,
+    BoxerValidationError,
+    ResourceLimits,
+    RunRequest,
+    RunResult,
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# The contract: what a Boxer server says, byte for byte. It holds for the stand-in and,
+# where BOXER_URL names one, for a real server.
+# ------------------------------------------------------------------------------------------------------------
+
+
+REAL_URL = os.environ.get("BOXER_URL", "")
+SANDBOX = None if REAL_URL else find_sandbox()
+WHERE = REAL_URL or (SANDBOX.name if SANDBOX else "no sandbox")
+in_a_sandbox = pytest.mark.skipif(WHERE == "no sandbox", reason="no sandbox works on this machine")
+in_gvisor = pytest.mark.skipif(WHERE not in ("gVisor", REAL_URL), reason="this machine's sandbox is not gVisor")
+of_the_stand_in = pytest.mark.skipif(bool(REAL_URL), reason="BOXER_URL names a real server")
+
+
+@dataclasses.dataclass
+class Answer:
+    """One response as it came: the heads of interim ones, its own, and its content as sent."""
+
+    interim: str
+    status: str
+    fields: list[str]
+    content: bytes
+    closed: bool
+
+
+class Wire:
+    """A connection that sends bytes and reads one answer."""
+
+    def __init__(self, url: str) -> None:
+        """Connect."""
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.netloc
+        self.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.file.close()
+        self.socket.close()
+
+    def ask(self, request: bytes) -> Answer:
+        """Send a request and read what comes back."""
+        self.socket.sendall(request.replace(b"HOST", self.host.encode()))
+        return self.answer(head_only=request.startswith(b"HEAD"))
+
+    def answer(self, *, head_only: bool = False) -> Answer:
+        """Read an answer."""
+        status, *fields = self._head()
+        interim = ""
+        if status.startswith("HTTP/1.1 100"):
+            interim, (status, *fields) = "\n".join([status, *fields]), self._head()
+        sized = [int(field[16:]) for field in fields if field.startswith("Content-Length: ")]
+        content = b"" if head_only else self._chunked() if not sized else self.file.read(sized[0])
+        return Answer(interim, status, fields, content, "Connection: close" in fields and self.file.read() == b"")
+
+    def _head(self) -> list[str]:
+        lines = list(iter(self.file.readline, b"\r\n"))
+        assert lines and all(line.endswith(b"\r\n") for line in lines), lines
+        return [line[:-2].decode("utf-8", "surrogateescape") for line in lines]
+
+    def _chunked(self) -> bytes:
+        lines = [self.file.readline()]
+        lines.append(self.file.read(int(lines[0], 16) + 2))
+        lines.append(self.file.read(5))
+        return b"".join(lines)
+
+
+def get(target: str, *fields: str, method: str = "GET") -> bytes:
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: HOST", *fields, "", ""]).encode()
+
+
+def post(target: str, kind: str, content: bytes, *fields: str) -> bytes:
+    head = get(target, *fields, f"Content-Type: {kind}", f"Content-Length: {len(content)}", method="POST")
+    return head + content
+
+
+def post_run(cmd: Any = ("true",), *fields: str, image: Any = "python:3.12-slim", **request: Any) -> bytes:
+    content = {"image": image, "cmd": cmd, **request}
+    sent = {name: value for name, value in content.items() if value is not ...}
+    return post("/run", "application/json", json.dumps(sent).encode(), *fields)
+
+
+def post_file(path: Any, content: bytes = b"x", name: str = "file") -> bytes:
+    part = b"--BOUNDARY\r\nContent-Disposition: form-data; name="
+    file = b'"%b"; filename="f"\r\nContent-Type: application/octet-stream\r\n\r\n%b\r\n' % (
+        name.encode(),
+        content,
+    )
+    ending = b"--BOUNDARY--\r\n" if path is ... else part + b'"path"\r\n\r\n%b\r\n--BOUNDARY--\r\n' % path.encode()
+    return post("/files", "multipart/form-data; boundary=BOUNDARY", part + file + ending)
+
+
+def chunked(request: bytes) -> bytes:
+    head, content = request.split(b"\r\n\r\n", 1)
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    return head + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+
+
+def python(code: str) -> list[str]:
+    return ["python3", "-c", code]
+
+
+def ran(stdout: str = "", stderr: str = "", code: int = 0) -> str:
+    return f'{{"exec_id":"<id>","exit_code":{code},"stdout":"{stdout}","stderr":"{stderr}","wall_ms":<n>}}'
+
+
+def failed(reason: str) -> str:
+    escaped = reason.replace('"', '\\"')
+    return f'{{"error":"{escaped}"}}'
+
+
+def pattern(text: str, replacements: Mapping[str, str]) -> re.Pattern[str]:
+    """Make a pattern of a text that is exact but for what stands in angle brackets."""
+    named = {
+        "<id>": "boxer-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+        "<n>": r"\d+",
+        "<hex>": "[0-9a-f]+",
+        "<any>": ".*",
+    }
+    for name, value in replacements.items():
+        text = text.replace(name, value)
+    return re.compile("".join(named.get(piece, re.escape(piece)) for piece in re.split("(<[a-z]+>)", text)), re.DOTALL)
+
+
+GMT = r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"
+IS_JSON = "Content-Type: application/json; charset=utf-8"
+JSON = (IS_JSON, "Date", "Content-Length")
+CHUNKED = (IS_JSON, "Date", "Transfer-Encoding: chunked")
+TEXT = ("Content-Type: text/plain", "Date", "Content-Length")
+FOLDER = ("Location: files/?path=<path>", "Date", "Content-Length")
+BINARY = "application/octet-stream"
+
+
+def file_of(kind: str) -> tuple[str, ...]:
+    return ("Accept-Ranges: bytes", "Content-Length", f"Content-Type: {kind}", "Last-Modified", "Date")
+
+
+def check(answer: Answer, status: str, fields: Sequence[str], content: str, **names: str) -> None:
+    """Compare an answer with what it must be: every field, in order, and every byte."""
+    names = {f"<{name}>": value for name, value in names.items()}
+    assert answer.status == f"HTTP/1.1 {status}"
+    expected = [field if ":" in field else f"{field}: <{field.lower().replace('-', '')}>" for field in fields]
+    date = {"date": GMT, "lastmodified": GMT, "contentlength": r"\d+"}
+    assert len(answer.fields) == len(expected), answer.fields
+    for field, wanted in zip(answer.fields, expected):
+        name = wanted.partition("<")[2].rstrip(">")
+        rule = re.escape(wanted.partition("<")[0]) + date[name] if name in date else pattern(wanted, names)
+        assert re.fullmatch(rule, field), (field, wanted)
+    text = answer.content.decode("latin-1" if BINARY in "".join(fields) else "utf-8")
+    assert pattern(content, names).fullmatch(text), text
+    if not answer.content and content == "":
+        return
+    assert "Content-Length" not in fields or f"Content-Length: {len(answer.content)}" in answer.fields
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Any]:
+    """Give the server that the contract is checked against: the stand-in, or a real one's address."""
+    if REAL_URL:
+        yield argparse.Namespace(url=REAL_URL)
+        return
+    with StandIn(sandbox=SANDBOX) as stand_in:
+        yield stand_in
+
+
+def ask(server: Any, request: bytes) -> Answer:
+    """Send a request on a connection of its own; again, when a real server has lost a program's output."""
+    for _ in range(20):
+        with Wire(server.url) as wire:
+            answer = wire.ask(request)
+        if b"file already closed" not in answer.content:
+            break
+    return answer
+
+
+@pytest.fixture
+def names(server: Any) -> dict[str, str]:
+    """Give a name that no other test and nobody else on the server uses."""
+    return {"u": f"contract-{uuid.uuid4().hex[:12]}"}
+
+
+@pytest.fixture(scope="session")
+def kept(server: Any) -> str:
+    """Run a program that leaves outputs of every kind, and return its id."""
+    code = (
+        "import os; os.makedirs('/output/subdir'); os.symlink('/etc/passwd', '/output/link');"
+        "files = {'result.json': b'{\"value\": 42}', 'subdir/file.bin': bytes(range(256)),"
+        " 'empty': b'', 'na me+%41 \\xe9.txt': b'odd'};"
+        "[open('/output/' + name, 'wb').write(data) for name, data in files.items()]"
+    )
+    result = json.loads(ask(server, post_run(python(code), persist=True, env=["PYTHONUTF8=1"])).content)
+    assert result["exit_code"] == 0, result
+    return str(result["exec_id"])
+
+
+def fill(request: bytes, names: Mapping[str, str]) -> bytes:
+    """Put names into a request, and the length right again."""
+    for name, value in names.items():
+        request = request.replace(f"<{name}>".encode(), value.encode())
+    head, content = request.split(b"\r\n\r\n", 1)
+    return re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(content), head) + b"\r\n\r\n" + content
+
+
+@pytest.mark.parametrize("where", [WHERE])
+def test_the_contract_ran_in(where: str) -> None:
+    print(f"programs run in: {where}")
+
+
+# Each row: its name, the request, the status line, the fields, the content. <u> is a name of the row's own.
+NO_SUCH_PATH = "404 page not found"
+INT64 = "json: cannot unmarshal {} into Go struct field ResourceLimits.limits.{} of type int64"
+TAG = "Key: 'RunRequest.{0}' Error:Field validation for '{0}' failed on the '{1}' tag"
+PULL = "image pull failed: resolve digest for "
+MOVED, LATE = "301 Moved Permanently", "408 Request Timeout"
+OK, BAD, MISSING, FAILED = "200 OK", "400 Bad Request", "404 Not Found", "500 Internal Server Error"
+PLAIN_ROWS = [
+    ("healthz", get("/healthz"), OK, JSON, '{"ok":true}'),
+    ("not_found", get("/nope"), MISSING, TEXT, NO_SUCH_PATH),
+    ("method_not_allowed", get("/run"), MISSING, TEXT, NO_SUCH_PATH),
+    ("download_head", get("/files?path=x", method="HEAD"), MISSING, TEXT, ""),
+    ("download_missing", get("/files?path=<u>.txt"), MISSING, JSON, failed("file not found")),
+    ("download_no_path", get("/files"), BAD, JSON, failed("query parameter 'path' is required")),
+    ("download_empty_path", get("/files?path="), BAD, JSON, failed("query parameter 'path' is required")),
+    ("download_traversal", get("/files?path=../../etc/passwd"), BAD, JSON,
+     r'{"error":"invalid path: \"../../etc/passwd\""}'),
+    ("upload", post_file("<u>"), OK, JSON, '{"path":"<u>"}'),
+    ("upload_empty", post_file("<u>", b""), OK, JSON, '{"path":"<u>"}'),
+    ("upload_nested", post_file("<u>/sub/data.bin", bytes(range(256))), OK, JSON,
+     '{"path":"<u>/sub/data.bin"}'),
+    ("upload_leading_slash", post_file("/<u>/x"), OK, JSON, '{"path":"/<u>/x"}'),
+    ("upload_unicode", post_file("<u>/donn\u00e9es/\u4e16\u754c.txt"), OK, JSON,
+     '{"path":"<u>/donn\u00e9es/\u4e16\u754c.txt"}'),
+    ("upload_spaces", post_file('<u> b/"q" %41+c.txt'), OK, JSON, r'{"path":"<u> b/\"q\" %41+c.txt"}'),
+    ("upload_dot", post_file("."), BAD, JSON, r'{"error":"invalid path: \".\""}'),
+    ("upload_traversal", post_file("../../etc/x"), BAD, JSON, r'{"error":"invalid path: \"../../etc/x\""}'),
+    ("upload_output_prefix", post_file("output/x"), BAD, JSON,
+     r"""{"error":"path uses reserved prefix 'output/': \"output/x\""}"""),
+    ("upload_empty_path", post_file(""), BAD, JSON, failed("form field 'path' is required")),
+    ("upload_no_path", post_file(...), BAD, JSON, failed("form field 'path' is required")),
+    ("upload_no_file", post_file("<u>", name="other"), BAD, JSON,
+     failed("form field 'file' is required: http: no such file")),
+    ("upload_not_multipart", post("/files", "application/json", b"{}"), BAD, JSON,
+     failed("form field 'file' is required: request Content-Type isn't multipart/form-data")),
+    ("run_bad_json", post("/run", "application/json", b"{nope"), BAD, JSON,
+     failed("invalid character 'n' looking for beginning of object key string")),
+    ("run_empty_cmd", post_run([]), BAD, JSON, failed(TAG.format("Cmd", "min"))),
+    ("run_no_cmd", post_run(...), BAD, JSON, failed(TAG.format("Cmd", "required"))),
+    ("run_empty_image", post_run(image=""), BAD, JSON, failed(TAG.format("Image", "required"))),
+    ("run_no_image", post_run(image=...), BAD, JSON, failed(TAG.format("Image", "required"))),
+    ("run_limits_float_int", post_run(limits={"wall_clock_secs": 1.5}), BAD, JSON,
+     failed(INT64.format("number 1.5", "wall_clock_secs"))),
+    ("run_limits_wrong_type", post_run(limits={"memory_mb": "128"}), BAD, JSON,
+     failed(INT64.format("string", "memory_mb"))),
+    ("run_network_invalid", post_run(network="wifi"), BAD, JSON,
+     failed("invalid network: must be none, sandbox, or host")),
+    ("run_bad_image_ref", post_run(image="UPPER CASE!!"), FAILED, JSON,
+     failed(f"{PULL}UPPER CASE!!: parse ref: could not parse reference: UPPER CASE!!")),
+    ("run_unknown_image", post_run(image="no-such-image:latest"), FAILED, JSON,
+     failed(f"{PULL}no-such-image:latest: docker inspect no-such-image:latest: "
+            "Error response from daemon: No such image: no-such-image:latest")),
+    ("run_file_missing", post_run(files=["<u>.py"]), BAD, JSON, failed("file not found: <u>.py")),
+    ("run_file_traversal", post_run(files=["../../etc/passwd"]), BAD, JSON,
+     r'{"error":"invalid file path: invalid path: \"../../etc/passwd\""}'),
+    ("run_wall_clock_huge", post_run(limits={"wall_clock_secs": 10**10}), FAILED, JSON,
+     failed("start runsc: context deadline exceeded")),
+]  # fmt: skip
+
+EVERY_LIMIT = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 10, "nofile": 64}
+NO_LIMIT = {"cpu_cores": None, "memory_mb": 0, "wall_clock_secs": 0}
+ON_BOTH = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+ODD_TEXT = r"print('h\u00e9llo \u4e16\u754c \U0001f600 <b>&amp;</b> \u2028')"
+NO_PROGRAM = r"<any>error finding executable \"no-such-program\" in PATH [<any>]: no such file or directory\n"
+RUN_ROWS = [
+    ("run_hello", post_run(python("print('hello world')")), OK, JSON, ran(r"hello world\n")),
+    ("run_exit_code", post_run(python(ON_BOTH)), OK, JSON, ran(r"out\n", r"err\n", 3)),
+    ("run_env_cwd", post_run(python("import os; print(os.environ['A'], os.getcwd())"), env=["A=hi"],
+                             cwd="/tmp"), OK, JSON, ran(r"hi /tmp\n")),
+    ("run_bad_cwd", post_run(["pwd"], cwd="/no/such/dir"), OK, JSON, ran(r"/no/such/dir\n")),
+    ("run_bad_env", post_run(env=["NOEQUALS"]), OK, JSON, ran("", "<any>", 128)),
+    ("run_command_not_found", post_run(["no-such-program"]), OK, JSON, ran("", NO_PROGRAM, 128)),
+    ("run_missing_program_under_sh", post_run(["sh", "-c", 'exec "$@"', "sh", "no-such-program"]), OK, JSON,
+     ran("", "sh: <any>no-such-program: not found\\n", 127)),
+    ("run_killed_by_signal", post_run(["sh", "-c", "kill -9 $$"]), OK, JSON, ran(code=137)),
+    ("run_stdin", post_run(python("import sys; print(repr(sys.stdin.read()))")), OK, JSON, ran(r"''\n")),
+    ("run_invalid_utf8", post_run(python(r"import sys; sys.stdout.buffer.write(b'a\xff\xfe\x00b')")), OK,
+     JSON, ran(r"a\ufffd\ufffd\u0000b")),
+    ("run_unicode", post_run(python(ODD_TEXT), env=["PYTHONUTF8=1"]), OK, JSON,
+     ran("h\u00e9llo \u4e16\u754c \U0001f600 \\u003cb\\u003e\\u0026amp;\\u003c/b\\u003e \\u2028\\n")),
+    ("run_limits", post_run(limits=EVERY_LIMIT), OK, JSON, ran()),
+    ("run_limits_negative", post_run(limits={"memory_mb": -5}), OK, JSON, ran()),
+    ("run_limits_null", post_run(limits=NO_LIMIT), OK, JSON, ran()),
+    ("run_network_none", post_run(network="none"), OK, JSON, ran()),
+    ("run_unknown_field", post_run(surprise=1), OK, JSON, ran()),
+    ("run_chunked_request", chunked(post_run()), OK, JSON, ran()),
+    ("run_expect_continue", post_run(("true",), "Expect: 100-continue"), OK, JSON, ran()),
+    ("run_long_output", post_run(python("print('y' * 5000)")), OK, CHUNKED,
+     "<hex>\r\n" + ran("y" * 5000 + r"\n") + "\r\n0\r\n\r\n"),
+    ("run_timeout", post_run(python("while True: pass"), limits={"wall_clock_secs": 1}), LATE,
+     JSON, failed("execution timed out after <n>ms")),
+    ("run_output_limit", post_run(python("print('x' * 10485760)")), "507 Insufficient Storage", JSON,
+     failed("output limit exceeded: limit=10485760 bytes")),
+    ("run_output_far_over_limit", post_run(python("print('x' * 20000000)"), limits={"wall_clock_secs": 2}),
+     LATE, JSON, failed("execution timed out after <n>ms")),
+]  # fmt: skip
+
+MAIN = b"print(open('data/x.txt').read(), __import__('os').getcwd(), __import__('sys').stdin.read().upper())"
+FROM_STDIN = ["sh", "-c", 'exec "$@" < "$0"', "/<u>/stdin", "python3", "main.py"]
+IN_ORDER = [f"<u>/{name}" for name in ("main.py", "data/x.txt", "stdin", "data")]
+MAIN_ROWS = [
+    (post_file("<u>/main.py", MAIN), OK, JSON, '{"path":"<u>/main.py"}'),
+    (post_file("<u>/data/x.txt", b"DATA"), OK, JSON, '{"path":"<u>/data/x.txt"}'),
+    (post_file("<u>/stdin", b"typed in"), OK, JSON, '{"path":"<u>/stdin"}'),
+]
+RUN_U = post_run(["python3", "/<u>.py"], files=["<u>.py"])
+PUT_U = [(post_file("<u>.py", b"print('first')\n"), OK, JSON, '{"path":"<u>.py"}')]
+GONE = (get("/files?path=<u>.py"), MISSING, JSON, failed("file not found"))
+# Each story: its name, and rows without names, in their order.
+STORIES = [
+    ("download_uploaded", [*PUT_U, (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"),
+                                    "print('first')\n")]),
+    ("upload_onto_dir", [
+        (post_file("<u>/sub/x"), OK, JSON, '{"path":"<u>/sub/x"}'),
+        (post_file("<u>/sub"), BAD, JSON, '{"error":"create file: open <any>/<u>/sub: is a directory"}'),
+    ]),
+    ("run_duplicate_files", [
+        *PUT_U,
+        (post_run(files=["<u>.py", "<u>.py"]), FAILED, JSON,
+         r'{"error":"spec build failed: duplicate mount destination: \"/<u>.py\""}'),
+    ]),
+    ("run_reserved_mount", [
+        (post_file("proc"), OK, JSON, '{"path":"proc"}'),
+        (post_run(files=["proc"]), FAILED, JSON,
+         r'{"error":"spec build failed: mount destination conflicts with reserved mount: \"/proc\""}'),
+    ]),
+]  # fmt: skip
+RUN_STORIES = [
+    ("run_with_file", [
+        *PUT_U,
+        (post_file("<u>.py", b"print('second')\n"), OK, JSON, '{"path":"<u>.py"}'),  # upload_replace
+        (RUN_U, OK, JSON, ran(r"second\n")),
+        (RUN_U, BAD, JSON, failed("file not found: <u>.py")),  # run_with_file_again
+        GONE,  # download_after_delete
+    ]),
+    ("run_persist", [
+        *PUT_U,
+        (post_run(["python3", "/<u>.py"], files=["<u>.py"], persist=True), OK, JSON, ran(r"first\n")),
+        (RUN_U, OK, JSON, ran(r"first\n")),  # run_persist_again
+    ]),
+    ("run_folder_mounted", [*MAIN_ROWS, (post_run(FROM_STDIN, cwd="/<u>", files=["<u>"], persist=True), OK,
+                                         JSON, ran(r"DATA /<u> TYPED IN\n"))]),
+    ("run_files_then_folders", [
+        *MAIN_ROWS,
+        (post_run(["python3", "main.py"], cwd="/<u>", files=[*IN_ORDER, "<u>"]), OK, JSON,
+         ran(r"DATA /<u> \n")),
+        (get("/files?path=<u>"), MISSING, JSON, failed("file not found")),
+    ]),
+    ("a_folder_that_is_not_empty_when_its_turn_comes_stays", [
+        *MAIN_ROWS,
+        (post_run(files=["<u>/data", "<u>/data/x.txt"]), OK, JSON, ran()),
+        (get("/files?path=<u>/data/x.txt"), MISSING, JSON, failed("file not found")),
+        (get("/files?path=<u>/data"), MOVED, ("Location: files/?path=<u>/data", *JSON[1:]), ""),
+    ]),
+    ("a_run_that_was_late_leaves_its_files", [
+        *PUT_U,
+        (post_run(["sleep", "9"], files=["<u>.py"], limits={"wall_clock_secs": 1}), LATE, JSON,
+         failed("execution timed out after <n>ms")),
+        (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"), "print('first')\n"),
+    ]),
+]  # fmt: skip
+BIN = "/files?path=output/<kept>/subdir/file.bin"
+ALL_BYTES = bytes(range(256)).decode("latin-1")
+PART = ("Accept-Ranges: bytes", "Content-Length", "Content-Range: bytes 250-255/256",
+        f"Content-Type: {BINARY}", "Last-Modified", "Date")  # fmt: skip
+NO_PART = ("Content-Range: bytes */256", "Content-Type: text/plain; charset=utf-8",
+           "X-Content-Type-Options: nosniff", "Date", "Content-Length")  # fmt: skip
+KEPT_ROWS = [
+    ("download", get("/files?path=output/<kept>/result.json"), OK, file_of("application/json"),
+     '{"value": 42}'),
+    ("download_binary", get(BIN), OK, file_of(BINARY), ALL_BYTES),
+    ("download_empty", get("/files?path=output/<kept>/empty"), OK, file_of("text/plain; charset=utf-8"), ""),
+    ("download_odd_name", get("/files?path=output%2F<kept>%2Fna%20me%2B%2541%20%C3%A9.txt"), OK,
+     file_of("text/plain; charset=utf-8"), "odd"),
+    ("download_symlink", get("/files?path=output/<kept>/link"), MISSING, JSON, failed("file not found")),
+    ("download_index_html_note", get("/files?path=output/<kept>/index.html"), MISSING, JSON,
+     failed("file not found")),
+    ("download_range", get(BIN, "Range: bytes=250-"), "206 Partial Content", PART, ALL_BYTES[250:]),
+    ("download_range_bad", get(BIN, "Range: bytes=999-"), "416 Requested Range Not Satisfiable", NO_PART,
+     "invalid range: failed to overlap\n"),
+    ("download_directory", get("/files?path=output/<kept>/subdir"), MOVED,
+     ("Location: files/?path=output/<kept>/subdir", *JSON[1:]), ""),
+    ("download_directory_root", get("/files?path=output/<kept>"), MOVED,
+     ("Location: files/?path=output/<kept>", *JSON[1:]), ""),
+]  # fmt: skip
+
+
+def by_name(rows: Sequence[Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", [pytest.param(row[1:], id=row[0]) for row in rows])
+
+
+@by_name(PLAIN_ROWS)
+def test_an_answer_is_what_a_boxer_server_says(server: Any, names: dict[str, str], row: Any) -> None:
+    check(ask(server, fill(row[0], names)), *row[1:], **names)
+
+
+@in_a_sandbox
+@by_name(RUN_ROWS)
+def test_a_run_is_answered_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
+    answer = ask(server, row[0])
+    check(answer, *row[1:], **names)
+    assert answer.interim == ("HTTP/1.1 100 Continue" if b"Expect:" in row[0] else "")
+
+
+@in_a_sandbox
+@by_name(KEPT_ROWS)
+def test_a_kept_output_is_served_as_by_a_boxer_server(server: Any, kept: str, row: Any) -> None:
+    check(ask(server, fill(row[0], {"kept": kept})), *row[1:], kept=kept)
+
+
+@by_name(STORIES)
+def test_a_file_is_treated_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
+    for request, *expected in row[0]:
+        check(ask(server, fill(request, names)), *expected, **names)
+
+
+@in_a_sandbox
+@by_name(RUN_STORIES)
+def test_a_run_treats_its_files_as_a_boxer_server_does(server: Any, names: dict[str, str], row: Any) -> None:
+    test_a_file_is_treated_as_by_a_boxer_server(server, names, row)
+
+
+def test_an_upload_over_the_limit_is_refused_while_it_is_still_being_sent(server: Any) -> None:
+    head, content = post_file("too-large", b"x" * (32 << 20)).split(b"\r\n\r\n", 1)
+
+    def send() -> None:
+        with contextlib.suppress(ConnectionError):  # the end of it finds the connection closed
+            wire.socket.sendall(head.replace(b"HOST", wire.host.encode()) + b"\r\n\r\n" + content)
+
+    with Wire(server.url) as wire:
+        sender = threading.Thread(target=send)
+        sender.start()
+        answer = wire.answer()
+        sender.join()
+    too_large = "413 Request Entity Too Large"
+    check(answer, too_large, (*JSON, "Connection: close"), failed("upload exceeds limit"))
+    assert answer.closed
+
+
+def test_a_kept_connection_serves_one_request_after_another(server: Any) -> None:
+    with Wire(server.url) as wire:
+        for request in (get("/healthz"), get("/nope"), post_run([]), get("/healthz", "Connection: close")):
+            answer = wire.ask(request)
+        check(answer, OK, (*JSON, "Connection: close"), '{"ok":true}')
+        assert answer.closed
+
+
+def test_what_is_no_http_is_answered_with_400_and_the_end(server: Any) -> None:
+    with Wire(server.url) as wire:
+        wire.socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nbad name: x\r\n\r\n")
+        head = b"Content-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+        assert wire.file.read() == b"HTTP/1.1 400 Bad Request\r\n" + head + b"400 Bad Request"
+
+
+@in_gvisor
+def test_three_hundred_mounts_are_too_many(server: Any, names: dict[str, str]) -> None:
+    paths = [f"{names['u']}-{number}" for number in range(300)]
+    with Wire(server.url) as wire:
+        for path in paths:
+            assert wire.ask(post_file(path)).status.endswith("200 OK")
+    check(ask(server, post_run(files=paths)), OK, JSON, ran("", "<any>", 128))
+
+
+@in_a_sandbox
+def test_sixteen_runs_go_on_at_once(server: Any) -> None:
+    answers: list[Answer] = []
+    request = post_run(python("print(6 * 7)"))
+    threads = [threading.Thread(target=lambda: answers.append(ask(server, request))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        check(answer, OK, JSON, ran(r"42\n"))
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_run_is_killed_when_its_client_goes_away(server: StandIn) -> None:
+    killed = server.runs_killed
+    with Wire(server.url) as wire:
+        wire.socket.sendall(post_run(["sleep", "60"]).replace(b"HOST", wire.host.encode()))
+        assert server.wait_for(lambda: server.runs_live)
+    assert server.wait_for(lambda: server.runs_killed == killed + 1 and not server.runs_live)
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_lost_output_is_a_500_after_which_the_files_are_still_there(names: dict[str, str]) -> None:
+    with StandIn(sandbox=SANDBOX, race=1.0) as server:
+        ask(server, fill(post_file("<u>"), names))
+        with Wire(server.url) as wire:
+            answer = wire.ask(fill(post_run(files=["<u>"]), names))
+        check(answer, FAILED, JSON, '{"error":"read std<any>: read |0: file already closed"}')
+        assert ask(server, fill(get("/files?path=<u>"), names)).status.endswith("200 OK")
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("field", ["Host: example.org", "Host: 127.0.0.1\r\nOrigin: http://localhost"])
+def test_the_stand_in_refuses_what_a_browser_was_made_to_send(server: StandIn, field: str) -> None:
+    assert ask(server, get("/healthz").replace(b"Host: HOST", field.encode())).status.endswith("403 Forbidden")
+
+
+@of_the_stand_in
+def test_the_stand_in_runs_nothing_without_a_sandbox() -> None:
+    with StandIn(sandbox=NoSandbox()) as server:
+        check(ask(server, post_run()), FAILED, JSON, failed("start runsc: no sandbox on this machine"))
+
+
+@of_the_stand_in
+def test_the_stand_in_leaves_nothing_behind() -> None:
+    before = threading.active_count()
+    with StandIn(sandbox=NoSandbox()) as server, Wire(server.url) as wire:
+        wire.ask(get("/healthz"))
+    assert threading.active_count() == before and not os.path.exists(server.folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the tests of the client stand on: both clients as plain calls, and a peer that follows a script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PlainCalls:
+    """An AsyncBoxerClient with the methods of a BoxerClient: each coroutine is carried out on the test's own loop."""
+
+    def __init__(self, client: AsyncBoxerClient, loop: asyncio.AbstractEventLoop) -> None:
+        self.client = client
+        self.loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+        if not inspect.iscoroutinefunction(method):
+            return method
+        return lambda *args, **kwargs: self.loop.run_until_complete(method(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return repr(self.client)
+
+    def __enter__(self) -> PlainCalls:
+        assert self.loop.run_until_complete(self.client.__aenter__()) is self.client
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.loop.run_until_complete(self.client.__aexit__(*error))
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.client.aclose())
+
+
+class Clients:
+    """Makes clients of one kind, "sync" or "async", and closes them all; of "async" ones, on a loop of its own."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.cls: Any = BoxerClient if kind == "sync" else AsyncBoxerClient
+        self.loop = asyncio.new_event_loop()
+        self._made: list[Any] = []
+
+    def __call__(self, base_url: str | None = None, **settings: Any) -> Any:
+        return self.take(self.cls(base_url, **settings))
+
+    def take(self, client: Any) -> Any:
+        """Take in a client that was made elsewhere."""
+        self._made.append(client if self.kind == "sync" else PlainCalls(client, self.loop))
+        return self._made[-1]
+
+    def close(self) -> None:
+        try:
+            for client in self._made:
+                client.close()
+            assert asyncio.all_tasks(self.loop) == set(), "a task is left"
+        finally:
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())
+            self.loop.close()
+
+
+def open_descriptors() -> set[str]:
+    """Return what this process has open, where the system tells."""
+    with contextlib.suppress(OSError):
+        return {f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}" for fd in os.listdir("/proc/self/fd")}
+    return set()
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if a file descriptor or a thread outlives what is done within."""
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)  # a server's thread ends when it has seen that its client is gone
+        assert not thread.is_alive(), f"{thread} is left"
+    left = open_descriptors()
+    assert len(left) <= len(descriptors), f"left open: {left - descriptors}"
+
+
+@pytest.fixture(params=["sync", "async"])
+def client_of(request: pytest.FixtureRequest) -> Iterator[Clients]:
+    """Make clients, `client_of(base_url, **settings)`: what holds for one kind holds for the other."""
+    with nothing_left_behind(), contextlib.closing(Clients(request.param)) as clients:
+        yield clients
+
+
+def gather(client: Any, calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    """Make calls, each (method, arguments, keyword arguments), all at once; return results and errors in order."""
+
+    async def together() -> list[Any]:
+        coroutines = [getattr(client.client, method)(*args, **kwargs) for method, args, kwargs in calls]
+        return await asyncio.gather(*coroutines, return_exceptions=True)
+
+    if isinstance(client, PlainCalls):
+        return client.loop.run_until_complete(together())
+    with ThreadPoolExecutor(len(calls)) as executor:
+        futures = [executor.submit(getattr(client, method), *args, **kwargs) for method, args, kwargs in calls]
+        return [future.exception() or future.result() for future in futures]
+
+
+class Do(enum.Enum):
+    """Steps of a Peer's script. At its end the client has to close the connection, or the Peer does when it exits."""
+
+    REQUEST = "read a whole request"
+    HEAD = "read a request's head, and leave its body"
+    GONE = "wait until the client has closed, having sent nothing more"
+    DRAIN = "wait until the client has closed, whatever it sends"
+    HALF_CLOSE = "close for sending"
+    FIN = "close"
+    RST = "reset"
+
+
+# Bytes have to be taken by the client. An iterable of bytes, which may be endless, is sent for as long as they are
+# taken. A function is called with the socket.
+PeerStep = Union[Do, bytes, Iterable[bytes], Callable[[Any], Any]]
+
+
+class Received(NamedTuple):
+    """A request, byte for byte."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def line(self) -> str:
+        return self.head.split(b"\r\n")[0].decode("ascii")
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The header fields, names in lower case; each may be there once."""
+        pairs = [line.split(": ", 1) for line in self.head.decode("latin-1").split("\r\n")[1:-2]]
+        fields = {name.lower(): value for name, value in pairs}
+        assert len(fields) == len(pairs), f"a field is there twice: {pairs}"
+        return fields
+
+    @property
+    def content(self) -> bytes:
+        """The body without its transfer coding."""
+        if "transfer-encoding" not in self.fields:
+            return self.body
+        content, rest = b"", self.body
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            content, rest = content + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+        return content
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+class Peer:
+    """A server on the loopback address that sends real bytes as its script says: a list of steps for each connection.
+
+    url: its base URL. connections: how many there were. requests: for each connection, the requests that were read.
+    Leaving it fails the test if anything happened that is not in the script, or anything in the script did not.
+    """
+
+    def __init__(self, script: Sequence[Sequence[PeerStep]], host: str = "127.0.0.1", context: Any = None) -> None:
+        self.script = script
+        self.requests: list[list[Received]] = []
+        self.connections = 0
+        self.surprises: list[str] = []
+        self._context = context  # an ssl.SSLContext
+        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host, self.port = host, self._listener.getsockname()[1]
+        self.authority = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self.url = f"http{'s' if context else ''}://{self.authority}"
+        self._last: Any = None  # the address of the connection that ends it
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+
+    @classmethod
+    def answering(cls, *answers: bytes, **settings: Any) -> Peer:
+        """Return a peer that gives these answers to as many requests on one connection."""
+        return cls([[step for answer in answers for step in (Do.REQUEST, answer)]], **settings)
+
+    @property
+    def request(self) -> Received:
+        """The one request there was."""
+        ((request,),) = self.requests
+        return request
+
+    def __enter__(self) -> Peer:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # Connections are accepted in the order in which they were made: when this one is, so were all others.
+        with socket.socket(self._listener.family) as last:
+            last.bind((self.host, 0))
+            self._last = last.getsockname()
+            last.connect((self.host, self.port))
+            self._threads[0].join(30)
+        self._listener.close()
+        for sock in self._open:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RD)  # wakes a thread that reads, and lets others finish
+        for thread in self._threads:
+            thread.join(30)
+        for sock in self._open:
+            sock.close()
+        for number in range(self.connections, len(self.script)):
+            self.surprises.append(f"connection {number} never came")
+        if self.surprises and kind is not None:
+            print("the peer also saw:", *self.surprises, sep="\n  ")
+        assert not self.surprises or kind is not None, "\n".join(self.surprises)
+
+    def _accept(self) -> None:
+        while True:
+            sock, address = self._listener.accept()
+            if address == self._last:
+                sock.close()
+                return
+            self._open.append(sock)
+            self.requests.append([])
+            self.connections += 1
+            self._threads.append(threading.Thread(target=self._follow, args=(sock, self.connections - 1)))
+            self._threads[-1].start()
+
+    def _follow(self, sock: Any, number: int) -> None:
+        if number >= len(self.script):
+            self.surprises.append(f"connection {number} is one too many")
+            sock.close()
+            return
+        script = self.script[number]
+        step: Any = "TLS"
+        try:
+            sock.settimeout(30)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._context is not None:
+                self._open[number] = sock = self._context.wrap_socket(sock, server_side=True)
+            reader = sock.makefile("rb")
+            with contextlib.closing(reader):
+                for step in script:
+                    self._take(step, sock, reader, number)
+                if not script or script[-1] not in (Do.DRAIN, Do.FIN, Do.RST):
+                    step = Do.GONE
+                    self._take(step, sock, reader, number)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+            if script or not isinstance(error, OSError):  # an empty script is for a client that breaks off
+                self.surprises.append(f"connection {number}, {str(step)[:80]}: {error!r}")
+        finally:
+            sock.close()
+
+    def _take(self, step: Any, sock: Any, reader: Any, number: int) -> None:
+        if step in (Do.REQUEST, Do.HEAD):
+            self.requests[number].append(_received(reader, with_body=step is Do.REQUEST))
+        elif step in (Do.GONE, Do.DRAIN):
+            with contextlib.suppress(ConnectionError):
+                while rest := reader.read1(65536):
+                    assert step is Do.DRAIN, f"unexpected: {rest[:200]!r}"
+        elif step is Do.HALF_CLOSE:
+            sock.shutdown(socket.SHUT_WR)
+        elif step in (Do.FIN, Do.RST):
+            if step is Do.RST:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reader.close()
+            sock.close()
+        elif isinstance(step, bytes):
+            sock.sendall(step)
+        elif callable(step):
+            step(sock)
+        else:
+            with contextlib.suppress(ConnectionError):
+                for piece in step:
+                    sock.sendall(piece)
+
+
+def _received(reader: Any, with_body: bool) -> Received:
+    head = body = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += _line(reader)
+    if with_body and b"\r\ntransfer-encoding: chunked\r\n" in head.lower():
+        while not re.search(rb"(^|\r\n)0\r\n\r\n$", body):
+            line = _line(reader)
+            body += line + reader.read(int(line, 16) + 2)
+    elif with_body and (match := re.search(rb"\r\ncontent-length: ([0-9]+)\r\n", head.lower())):
+        body = reader.read(int(match[1]))
+        assert len(body) == int(match[1]), "the connection ended within a request's body"
+    return Received(head, body)
+
+
+def _line(reader: Any) -> bytes:
+    line: bytes = reader.readline()
+    assert line.endswith(b"\r\n"), f"the connection ended within a request, or its line does: {line!r}"
+    return line
+
+
+def answer(content: Any = b"", status: str = "200 OK", **fields: str) -> bytes:
+    """Return a response with this content, what is neither bytes nor text as JSON, and these fields (`_` for `-`).
+
+    Content None is none, and its length is not announced.
+    """
+    if content is not None and not isinstance(content, (bytes, str)):
+        content = json.dumps(content)
+    body = content.encode() if isinstance(content, str) else content or b""
+    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]
+    if content is not None and not {"Content_Length", "Transfer_Encoding"} & set(fields):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+# The Boxer server's answers to what went well.
+WELL = answer({"ok": True})
+RUN = {"exec_id": "boxer-1", "exit_code": 0, "stdout": "hi\n", "stderr": "", "wall_ms": 7}
+RAN = answer(RUN)
+STORED = answer({"path": "a.txt"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is sent, and what comes back
+# ---------------------------------------------------------------------------------------------------------------------
+
+ODD_PATH = "output/a b+%41&x=1#?é世\"'\\\r\n\0.txt"
+ODD_TARGET = "/files?path=output/a%20b%2B%2541%26x%3D1%23%3F%C3%A9%E4%B8%96%22%27%5C%0D%0A%00.txt"
+PERL = answer({**RUN, "exit_code": 3, "surprise": [1]})
+# Each row: method, arguments, the server's answer, what is returned, the request line, the Content-Type.
+CALLS: list[tuple[str, tuple[Any, ...], bytes, Any, str, str]] = [
+    ("health", (), WELL, True, "GET /healthz", ""),
+    ("run", ("perl", ["perl"]), PERL, RunResult("boxer-1", 3, "hi\n", "", 7), "POST /run", "application/json"),
+    ("upload_file", ("a.txt", b"content"), STORED, None, "POST /files", "multipart/form-data; boundary="),
+    ("upload_path", (__file__, "a.txt"), STORED, ["a.txt"], "POST /files", "multipart/form-data; boundary="),
+    ("download_file", (ODD_PATH,), answer(b"\0\xff\r\n"), b"\0\xff\r\n", f"GET {ODD_TARGET}", ""),
+    ("download_file", ("empty",), answer(b""), b"", "GET /files?path=empty", ""),
+]
+
+
+def test_every_method_sends_its_request_on_one_kept_connection_and_returns_its_type(client_of: Clients) -> None:
+    with Peer.answering(*(row[2] for row in CALLS)) as peer:
+        client = client_of(peer.url)
+        for method, args, _, expected, _, _ in CALLS:
+            result = getattr(client, method)(*args)
+            assert result == expected and type(result) is type(expected)
+    common = {"host": peer.authority, "user-agent": f"boxer-sdk/{boxer.__version__}", "accept-encoding": "identity"}
+    for (*_, line, content_type), request in zip(CALLS, peer.requests[0]):
+        fields, kind = dict(request.fields), request.fields.get("content-type", "")
+        assert request.line == f"{line} HTTP/1.1"
+        assert kind.startswith(content_type) and (fields.pop("content-type", None) is None) == (content_type == "")
+        assert fields.pop("content-length", "0") == str(len(request.body))
+        assert fields == common
+
+
+LIMITS = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 5, "nofile": 64}
+# Each row: what is given to run(), and which members this adds to its JSON.
+RUN_MEMBERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    (dict.fromkeys(["env", "cwd", "limits", "files", "network"]), {}),
+    ({"persist": False, "check": False, "timeout": 9, "retries": 1}, {}),
+    ({"env": {}, "files": [], "cwd": "", "limits": {}}, {}),
+    ({"env": [], "files": (), "limits": ResourceLimits()}, {}),
+    ({"env": {"A": "1", "B": "", "C": "=\n"}}, {"env": ["A=1", "B=", "C==\n"]}),
+    ({"env": ["A=1", "A=2"]}, {"env": ["A=1", "A=2"]}),
+    ({"env": dict.fromkeys(["A=1"]).keys()}, {"env": ["A=1"]}),
+    ({"cwd": "/"}, {"cwd": "/"}),
+    ({"cwd": "/work"}, {"cwd": "/work"}),
+    ({"limits": LIMITS}, {"limits": LIMITS}),
+    ({"limits": ResourceLimits(**LIMITS)}, {"limits": LIMITS}),  # type: ignore[arg-type]
+    ({"limits": {"memory_mb": 64.0, "cpu_cores": 2.0}}, {"limits": {"cpu_cores": 2.0, "memory_mb": 64}}),
+    ({"limits": {"memory_mb": None, "nofile": 0}}, {"limits": {"nofile": 0}}),
+    ({"files": ["a.py", "b/c"]}, {"files": ["a.py", "b/c"]}),
+    ({"persist": True}, {"persist": True}),
+    ({"network": "none"}, {"network": "none"}),
+    ({"network": "sandbox"}, {"network": "sandbox"}),
+]
+
+
+@pytest.mark.parametrize(("given", "sent"), RUN_MEMBERS, ids=str)
+def test_a_run_sends_what_was_given_and_nothing_else(client_of: Clients, given: Any, sent: Any) -> None:
+    with Peer.answering(RAN) as peer:
+        client_of(peer.url).run("python", ["python3"], **given)
+    # As text, since 64 == 64.0.
+    assert json.dumps(peer.request.json) == json.dumps({"image": "python", "cmd": ["python3"], **sent})
+
+
+def test_text_of_a_run_arrives_as_it_is(client_of: Clients) -> None:
+    odd = ["p", "", " ", "\0\x1f\x7f", "\"'\\/", "é世😀\u2028\ufeff", "<&>", "%41+", "a\r\nb: c"]
+    with Peer.answering(RAN) as peer:
+        client_of(peer.url).run("imagé", odd, env={"Ä": "ö"}, cwd="/ü", files=odd[2:], network="ß")
+    expected = {"image": "imagé", "cmd": odd, "env": ["Ä=ö"], "cwd": "/ü", "files": odd[2:], "network": "ß"}
+    assert peer.request.json == expected
+
+
+def multipart(request: Received, path: str, content: bytes) -> bytes:
+    """Return the body that an upload has to have, byte for byte."""
+    kind = re.fullmatch("multipart/form-data; boundary=([0-9a-f]{32})", request.fields["content-type"])
+    assert kind
+    part = f"--{kind[1]}\r\nContent-Disposition: form-data; name="
+    before = f'{part}"file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'
+    return before.encode() + content + f'\r\n{part}"path"\r\n\r\n{path}\r\n--{kind[1]}--\r\n'.encode()
+
+
+@pytest.mark.parametrize("path", [ODD_PATH, 'q"u', "a\nb\r\n--x", "nul\0", "%22%", " x ", "é世😀", "..\\x", "."])
+def test_a_path_arrives_as_it_is(client_of: Clients, path: str) -> None:
+    with Peer.answering(STORED, answer(b"")) as peer:
+        client = client_of(peer.url)
+        client.upload_file(path, b"x")
+        client.download_file(path)
+    upload, download = peer.requests[0]
+    assert upload.content == multipart(upload, path, b"x")
+    target = download.line.split(" ")[1]
+    assert urllib.parse.parse_qs(target.partition("?")[2], strict_parsing=True) == {"path": [path]}
+
+
+class OnlyReads:
+    """The least that a file can be."""
+
+    def __init__(self, read: Callable[[int], Any]) -> None:
+        self.read = read
+
+
+def file_at_three(make: Callable[..., Any], content: bytes, **settings: Any) -> Any:
+    file = make(**settings)
+    file.write(content)
+    file.seek(3)
+    return file
+
+
+def pipe_of(content: bytes) -> Any:
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    return open(reader, "rb")
+
+
+MUCH = b"0123456789" * 70_000
+# Each row: what makes the content, the bytes that arrive, and whether their number is known beforehand.
+CONTENTS: dict[str, tuple[Callable[[], Any], bytes, bool]] = {
+    "bytes": (lambda: b"a\0\xff", b"a\0\xff", True),
+    "no bytes": (lambda: b"", b"", True),
+    "many bytes": (lambda: MUCH, MUCH, True),
+    "bytearray": (lambda: bytearray(b"a"), b"a", True),
+    "memoryview": (lambda: memoryview(array.array("H", [0x0101, 0x0202])), b"\1\1\2\2", True),
+    "text": (lambda: "é世\n", "é世\n".encode(), True),
+    "BytesIO": (lambda: file_at_three(io.BytesIO, MUCH), MUCH, True),
+    "empty file": (tempfile.TemporaryFile, b"", True),
+    "file": (lambda: file_at_three(tempfile.TemporaryFile, MUCH), MUCH, True),
+    "unbuffered file": (lambda: file_at_three(tempfile.TemporaryFile, MUCH, buffering=0), MUCH, True),
+    "spooled file": (lambda: file_at_three(tempfile.SpooledTemporaryFile, b"spooled"), b"spooled", True),
+    "pipe": (lambda: pipe_of(b"piped"), b"piped", False),
+    "empty pipe": (lambda: pipe_of(b""), b"", False),
+    "only read()": (lambda: OnlyReads(io.BytesIO(MUCH).read), MUCH, False),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_content_arrives_whole_however_it_is_given(client_of: Clients, kind: str) -> None:
+    make, expected, is_sized = CONTENTS[kind]
+    content = make()
+    with Peer.answering(STORED) as peer, contextlib.ExitStack() as stack:
+        if hasattr(content, "close"):
+            stack.callback(content.close)
+        assert client_of(peer.url).upload_file("a.txt", content) is None
+    assert peer.request.content == multipart(peer.request, "a.txt", expected)
+    framing = {name for name in peer.request.fields if name in ("content-length", "transfer-encoding")}
+    assert framing == {"content-length" if is_sized else "transfer-encoding"}
+
+
+class Fickle(io.BytesIO):
+    """A file that is not as long as it was when its length was asked for."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(offset, whence) and 5
+
+    def tell(self) -> int:
+        return 5
+
+
+def reads(pieces: Iterable[Any]) -> Any:
+    """Return a file that gives these pieces, or fails."""
+    left = iter(pieces)
+    return OnlyReads(lambda size: next(left) if size else b"")
+
+
+UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "shrinks": (lambda: Fickle(b"1234"), BoxerError, "changed its size while it was sent"),
+    "grows": (lambda: Fickle(b"123456"), BoxerError, "changed its size while it was sent"),
+    "becomes text": (lambda: reads([b"1", "2"]), TypeError, "must give bytes, not str"),
+    "becomes nothing": (lambda: reads([b"1", None]), TypeError, "must give bytes, not NoneType"),
+    "cannot be read": (lambda: reads(map(os.read, [-1], [1])), OSError, "Bad file descriptor"),
+}
+
+
+@pytest.mark.parametrize("file", UNFIT)
+def test_a_file_that_turns_out_unfit_is_never_sent_as_if_it_were_whole(client_of: Clients, file: str) -> None:
+    make, kind, text = UNFIT[file]
+    ended = pytest.raises(AssertionError, match=r"^connection 0, .*the connection ended within a request")
+    with ended, Peer([[Do.REQUEST]]) as peer, pytest.raises(kind, match=text):
+        client_of(peer.url).upload_file("a", make())
+
+
+def test_every_upload_has_a_boundary_of_its_own(client_of: Clients) -> None:
+    with Peer.answering(*[STORED] * 9) as peer:
+        client = client_of(peer.url)
+        for _ in range(9):
+            client.upload_file("a", b"")
+    assert len({request.fields["content-type"] for request in peer.requests[0]}) == 9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Each row: a base URL, the request target, the value of Host, the credentials.
+BASE_URLS = [
+    ("http://{peer}", "/healthz", "{peer}", None),
+    ("HTTP://{peer}/", "/healthz", "{peer}", None),
+    ("http://{peer}/boxer", "/boxer/healthz", "{peer}", None),
+    ("http://{peer}/a/b%20c/~é/", "/a/b%20c/~%C3%A9/healthz", "{peer}", None),
+    ("http://localhost:{port}", "/healthz", "localhost:{port}", None),
+    ("http://me:p%40s%3As%C3%A9@{peer}/x", "/x/healthz", "{peer}", "me:p@s:sé"),
+    ("http://me@{peer}", "/healthz", "{peer}", "me:"),
+]
+
+
+@pytest.mark.parametrize("row", BASE_URLS, ids=lambda row: row[0])
+@pytest.mark.parametrize("where", ["argument", "BOXER_URL"])
+def test_a_base_url_says_where_requests_go(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, where: str, row: tuple[str, str, str, str | None]
+) -> None:
+    with Peer.answering(WELL) as peer:
+        url, target, host = (text.format(peer=peer.authority, port=peer.port) for text in row[:3])
+        monkeypatch.setenv("BOXER_URL", "http://other.invalid" if where == "argument" else url)
+        assert client_of(url if where == "argument" else None).health()
+    assert (peer.request.line, peer.request.fields["host"]) == (f"GET {target} HTTP/1.1", host)
+    credentials = row[3] and f"Basic {base64.b64encode(row[3].encode()).decode()}"
+    assert peer.request.fields.get("authorization") == credentials
+
+
+def test_a_base_url_may_be_an_ipv6_address(client_of: Clients) -> None:
+    try:
+        peer = Peer.answering(WELL, host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with peer:
+        assert client_of(f"http://[::1]:{peer.port}").health()
+    assert peer.request.fields["host"] == f"[::1]:{peer.port}"
+
+
+def test_without_a_base_url_it_is_port_8080_of_this_machine(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOXER_URL", "")
+    assert "http://localhost:8080" in repr(client_of())
+    monkeypatch.delenv("BOXER_URL")
+    assert "http://localhost:8080" in repr(client_of())
+
+
+def test_headers_are_sent_with_every_request(client_of: Clients) -> None:
+    with Peer.answering(WELL, STORED) as peer:
+        client = client_of(peer.url, headers={"x-Request-id": ' a;b="c" é ', "AUTHORIZATION": "Bearer t"})
+        assert client.health() and client.upload_file("a", b"") is None
+    for request in peer.requests[0]:
+        assert (request.fields["x-request-id"], request.fields["authorization"]) == ('a;b="c" é', "Bearer t")
+
+
+def all_text(error: BaseException) -> str:
+    """Return everything that an error, and those it came of, could show to anyone."""
+    shown = [*traceback.format_exception(type(error), error, error.__traceback__), repr(pickle.dumps(error))]
+    cause: BaseException | None = error
+    while cause is not None:
+        shown += [str(cause), repr(cause), repr(vars(cause))]
+        cause = cause.__cause__ or cause.__context__
+    return "".join(shown)
+
+
+def test_credentials_show_nowhere(client_of: Clients, caplog: pytest.LogCaptureFixture) -> None:
+    secret, token = "s3" + "cret", "t0" + "ken"
+    caplog.set_level(0)
+    with Peer.answering(answer("", "401 Unauthorized"), answer("", "503 Busy"), WELL) as peer:
+        client = client_of(f"http://me:{secret}@{peer.authority}", headers={"X-Token": token})
+        with pytest.raises(BoxerAPIError) as refused:
+            client.run("i", ["c"])
+        assert client.download_file("a", retries=1) == b'{"ok": true}' and "trying again" in caplog.text
+    with pytest.raises(BoxerConnectionError) as unreachable:
+        client.health()
+    with pytest.raises(BoxerValidationError) as forgotten:
+        client.run("i", ["c"], env=[secret])
+    shown = [all_text(error.value) for error in (refused, unreachable, forgotten)]
+    for url in (f"http://me:{secret}@h:0", f"ftp://me:{secret}@h", f"http://me:{secret}@h/ x", f"http://{secret}@a*"):
+        with pytest.raises(BoxerValidationError) as invalid:
+            client_of(url)
+        shown.append(all_text(invalid.value))
+    everything = "".join([*shown, caplog.text, repr(client), str(client)])
+    for hidden in (secret, token, base64.b64encode(f"me:{secret}".encode()).decode()):
+        assert hidden not in everything
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused before it is sent
+# ---------------------------------------------------------------------------------------------------------------------
+
+INVALID, LONE = BoxerValidationError, "a\ud800"
+TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number, "
+FIELD, VALUE = "is not a field name, or one that the client sets itself", "has a character that a field cannot hold"
+# Each row: what is called ("" makes a client), the class of the error, what its text has in it, and an argument's name
+# with values, each of which is refused. The other arguments are valid.
+VALID: dict[str, dict[str, Any]] = {
+    "run": {"image": "i", "cmd": ["c"]},
+    "upload_file": {"remote_path": "a", "content": b""},
+    "upload_path": {"local_path": __file__},
+    "download_file": {"path": "a"},
+}
+REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
+    ("", INVALID, "such as http://localhost:8080", "base_url", ["", "http://", "http:///x", "http://:80"]),
+    ("", INVALID, "such as http://localhost:8080", "base_url", ["http://h:0", "http://h:65536", "http://[::1"]),
+    ("", INVALID, "must begin with http:// or https://", "base_url", ["ftp://host"]),
+    ("", INVALID, "http", "base_url", ["localhost:8080", "localhost", "//localhost"]),
+    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h ", "http://h\r\nX: y", "http://h\0"]),
+    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h\t/", "http://h\\@x", "http://h/\x7f"]),
+    ("", INVALID, "no query and no fragment", "base_url", ["http://h/?a=1", "http://h?a", "http://h#x"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://a*b", "http://a(b", f"http://{'x' * 64}.é"]),
+    ("", INVALID, "base_url", "base_url", [f"http://h/{LONE}", f"http://{LONE}"]),
+    ("", TypeError, "base_url must be str", "base_url", [8080, b"http://h"]),
+    ("", INVALID, TIME, "timeout", [0, -1, math.nan, True, "5"]),
+    ("", INVALID, COUNT + "0 or more", "retries", [-1, 1.0, None, "1", True]),
+    ("", INVALID, COUNT + "1 or more", "max_connections", [0, -1, 1.5, None]),
+    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "a\0", "é", "Host")]),
+    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("content-length", "Transfer-Encoding", "CONNECTION")]),
+    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("a\r\nB: c", "a\n", "a\r", "a\0", "\x7f", "\x85")]),
+    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("世", LONE)]),
+    ("", TypeError, "must be str", "headers", [{"X-A": 1}, {b"X-A": "a"}]),
+    ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
+    ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
+    ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
+    ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo hi']", "cmd", ["echo hi"]),
+    ("run", TypeError, "", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
+    ("run", INVALID, "env must be a list of strings, not one string: write ['A=b']", "env", ["A=b"]),
+    ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
+    ("run", INVALID, "the name 'A=B' in env has an '='", "env", [{"A=B": "c"}]),
+    ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
+    ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
+    ("run", INVALID, "a path is empty; give one below the store", "files", [["a", ""]]),
+    ("run", TypeError, "", "files", [5, [5], b"a", [Path("a")]]),
+    ("run", INVALID, "no limit 'memory'; the limits are cpu_cores, memory_mb", "limits", [{"memory": 1}]),
+    ("run", TypeError, "limits must be ResourceLimits or a mapping", "limits", [5, "5", []]),
+    ("run", TypeError, "cwd must be str", "cwd", [5, b"/"]),
+    ("run", TypeError, "network must be str", "network", [5, True]),
+    *[("run", INVALID, "lone surrogate", name, [LONE]) for name in ("image", "cwd", "network")],
+    *[("run", INVALID, "lone surrogate", name, [[f"A={LONE}"]]) for name in ("cmd", "env", "files")],
+    ("upload_file", INVALID, "a path is empty; give one below the store", "remote_path", [""]),
+    ("upload_file", TypeError, "path must be str", "remote_path", [5, None, b"a", Path("a")]),
+    ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"], Path("a")]),
+    ("upload_file", TypeError, "text mode; open it with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
+    *[("upload_file", INVALID, "lone surrogate", name, [LONE]) for name in ("remote_path", "content")],
+    ("upload_path", INVALID, "a path is empty; give one below the store", "remote_path", [""]),
+    ("upload_path", TypeError, "must be str", "remote_path", [5, b"a"]),
+    ("upload_path", TypeError, "", "local_path", [5, None]),
+    ("upload_path", FileNotFoundError, ".py.missing", "local_path", [f"{__file__}.missing"]),
+    ("download_file", INVALID, "a path is empty; give one below the store", "path", [""]),
+    ("download_file", INVALID, "lone surrogate", "path", [LONE]),
+    ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
+    *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
+    *[(method, INVALID, COUNT + "0 or more", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "text", "name", "values"), REFUSED)
+def test_what_cannot_be_right_is_refused_before_anything_is_sent(
+    client_of: Clients, method: str, kind: type[Exception], text: str, name: str, values: Sequence[Any]
+) -> None:
+    with Peer([]) as peer:
+        refuser = getattr(client_of(peer.url), method) if method else client_of
+        for value in values:
+            with pytest.raises(kind) as caught:
+                refuser(**{**VALID.get(method, {}), name: value})
+            assert text in str(caught.value) != ""
+            assert isinstance(caught.value, BoxerError) == (kind is BoxerValidationError)
+    assert peer.connections == 0
+
+
+BAD_LIMITS = [
+    *[(name, value, "from 0 (the default) to") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
+    *[(name, v, "number, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
+    *[(name, 1.5, "must be a whole number") for name in LIMITS if name != "cpu_cores"],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), BAD_LIMITS)
+def test_a_limit_that_cannot_be_right_is_refused_when_made_and_when_sent(
+    client_of: Clients, name: str, value: Any, text: str
+) -> None:
+    limits = ResourceLimits()
+    setattr(limits, name, value)
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        for refuser in (
+            lambda: ResourceLimits(**{name: value}),
+            limits.to_dict,
+            lambda: client.run("i", ["c"], limits=limits),
+            lambda: client.run("i", ["c"], limits={name: value}),
+        ):
+            with pytest.raises(BoxerValidationError) as caught:
+                refuser()
+            assert str(caught.value).startswith(f"{name} must ") and text in str(caught.value)
+
+
+def test_limits_can_be_changed_until_they_are_sent(client_of: Clients) -> None:
+    limits = ResourceLimits(0.5, 128)
+    assert limits == ResourceLimits(memory_mb=128, cpu_cores=0.5)
+    assert limits.to_dict() == {"cpu_cores": 0.5, "memory_mb": 128}
+    limits.memory_mb = 256
+    with Peer.answering(RAN) as peer:
+        client_of(peer.url).run("i", ["c"], limits=limits)
+    assert peer.request.json["limits"] == {"cpu_cores": 0.5, "memory_mb": 256}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results and errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_a_mutable_dataclass() -> None:
+    result = RunResult("boxer-1", 0, "out", "err", 7)
+    assert result == RunResult(exec_id="boxer-1", exit_code=0, stdout="out", stderr="err", wall_ms=7)
+    assert dataclasses.is_dataclass(result) and result.ok and result.check() is result
+    assert result.output_path("sub/x.json") == "output/boxer-1/sub/x.json"
+    result.exit_code = 2
+    assert not result.ok and result != RunResult("boxer-1", 0, "out", "err", 7)
+    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
+    with pytest.raises(BoxerValidationError, match="a path is empty"):
+        result.output_path("")
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_result_of_wrong_types_cannot_be_made(name: str) -> None:
+    wanted = type(RUN[name])
+    others: tuple[Any, ...] = (5,) if wanted is str else ("5", True)
+    for value in (None, b"x", 1.0, *others):
+        with pytest.raises(TypeError, match=f"RunResult.{name} must be {wanted.__name__}, got {type(value).__name__}"):
+            RunResult(**dict(RUN, **{name: value}))
+
+
+class Text(str):
+    """A kind of str, as every str of an enumeration is."""
+
+    __slots__ = ()
+
+
+def test_a_result_may_hold_any_kind_of_text() -> None:
+    assert RunResult(Text("boxer-1"), 0, Text(""), Text(""), 1).exec_id == "boxer-1"
+
+
+@pytest.mark.parametrize(
+    ("stderr", "text"),
+    [
+        ("", "exit code 3"),
+        (" \n", "exit code 3"),
+        ("Traceback:\n  x\nValueError: no\x1b[31m\n\n", "exit code 3: ValueError: no [31m"),
+        ("x" * 10_000, "exit code 3: " + "x" * 2_000),
+    ],
+)
+def test_a_checked_run_that_failed_raises_its_result(client_of: Clients, stderr: str, text: str) -> None:
+    failed = {**RUN, "exit_code": 3, "stderr": stderr}
+    with Peer.answering(RAN, answer(failed)) as peer:
+        client = client_of(peer.url)
+        assert client.run("i", ["c"], check=True).ok
+        with pytest.raises(BoxerExitError) as caught:
+            client.run("i", ["c"], check=True)
+    assert (caught.value.result, str(caught.value)) == (RunResult(**failed), text)  # type: ignore[arg-type]
+
+
+def run_answer(**changed: Any) -> bytes:
+    return json.dumps({**RUN, **changed}).encode()
+
+
+# Each row: the content of an answer to a run, and what the error says.
+BAD_RUN_ANSWERS: list[tuple[bytes, str]] = [
+    *[(json.dumps({n: v for n, v in RUN.items() if n != name}).encode(), f"has no '{name}'") for name in RUN],
+    *[(run_answer(**{name: None}), f"{name} must be") for name in RUN],
+    *[(run_answer(**{name: 5}), f"{name} must be str, got int") for name in ("exec_id", "stdout", "stderr")],
+    *[(run_answer(**{n: v}), f"{n} must be int") for n in ("exit_code", "wall_ms") for v in ("0", True, 0.0, [0])],
+    *[(content, "JSON object") for content in (b"", b"[]", b'"x"', b"null", b"1", b"<html>", b"{", b"{}{}", b"{'a'}")],
+    *[(content, "JSON object") for content in (b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0", b'{"a": "\n"}')],
+    *[(b'{"wall_ms": %b}' % value, "JSON object") for value in (b"9" * 4_000, b"0x1", b"01")],
+    *[(run_answer().replace(b"7", number), "wall_ms must be int, got float") for number in (b"7.5", b"1e999", b"NaN")],
+    *[(opening * 100_000, "JSON object") for opening in (b"[", b'{"a":')],
+    (b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "JSON object"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), BAD_RUN_ANSWERS, ids=lambda value: str(value)[:40])
+def test_an_answer_that_is_no_result_is_an_error_with_its_status(client_of: Clients, content: bytes, text: str) -> None:
+    with Peer.answering(answer(content), RAN) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError) as caught:
+            client.run("i", ["c"])
+        assert client.run("i", ["c"]) == RunResult(**RUN)  # type: ignore[arg-type]
+    assert type(caught.value) is BoxerAPIError and caught.value.status_code == 200
+    assert text in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"path": 1}', b"stored"])
+def test_an_upload_that_is_not_confirmed_is_an_error(client_of: Clients, content: bytes) -> None:
+    with Peer.answering(answer(content)) as peer, pytest.raises(BoxerAPIError) as caught:
+        client_of(peer.url).upload_file("a", b"")
+    assert caught.value.status_code == 200
+
+
+def test_the_errors_are_a_tree() -> None:
+    tree = {
+        BoxerError: (Exception,),
+        BoxerValidationError: (BoxerError, ValueError),
+        BoxerConnectionError: (BoxerError, ConnectionError),
+        BoxerExitError: (BoxerError,),
+        BoxerAPIError: (BoxerError,),
+        BoxerTimeoutError: (BoxerAPIError,),
+        BoxerOutputLimitError: (BoxerAPIError,),
+    }
+    for error, bases in tree.items():
+        assert error.__bases__ == bases
+    assert not issubclass(BoxerTimeoutError, (TimeoutError, OSError))
+
+
+STATUSES = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
+EVERY_METHOD: list[tuple[str, tuple[Any, ...]]] = [
+    ("run", ("i", ["c"])),
+    ("upload_file", ("a", b"content")),
+    ("upload_path", (__file__,)),
+    ("download_file", ("a",)),
+]
+
+
+@pytest.mark.parametrize("status", [300, 302, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 504, 507, 599, 999])
+def test_a_status_decides_the_class_of_the_error(client_of: Clients, status: int) -> None:
+    with Peer.answering(*[answer({"error": "because"}, f"{status} Reason")] * 4) as peer:
+        client = client_of(peer.url, retries=0)
+        for method, args in EVERY_METHOD:
+            with pytest.raises(BoxerAPIError, match=r"^because") as caught:
+                getattr(client, method)(*args)
+            assert type(caught.value) is STATUSES.get(status, BoxerAPIError)
+            assert caught.value.status_code == status
+
+
+NGINX = """<html>\r\n<head><title>502 Bad Gateway</title><style>h1 {color: red}</style></head>\r\n<body>\r
+<center><h1>502 Bad Gateway</h1></center>\r\n<hr><center>nginx/1.22.1</center>\r\n</body>\r\n</html>\r\n"""
+# Each row: an answer, and the text of the error.
+REASONS: list[tuple[bytes, str]] = [
+    (answer({"error": "image pull failed: x"}, "500 Oops"), "image pull failed: x"),
+    (answer({"error": " é \x1b[31m\0\n\u202eab "}, "500 Oops"), "é [31m ab"),
+    (answer("404 page not found", "404 Not Found"), "404 Not Found: 404 page not found"),
+    (answer(NGINX, "502 Bad Gateway", Content_Type="text/html"), "502 Bad Gateway: 502 Bad Gateway nginx/1.22.1"),
+    (answer("", "500 Internal Server Error"), "500 Internal Server Error"),
+    (answer(" \n", "500 Internal Server Error"), "500 Internal Server Error"),
+    (answer("", "500 "), "500"),
+    (answer("", "500"), "500"),
+    (answer("a\r\nb\x00\x9b c", "400 Bad"), "400 Bad: a b c"),
+    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=ISO-8859-1"), "400 Bad: café"),
+    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=punycode"), "400 Bad: caf\ufffd"),
+    (answer({"error": 5}, "400 Bad"), '400 Bad: {"error": 5}'),
+    (answer({"error": ""}, "400 Bad"), '400 Bad: {"error": ""}'),
+    (answer(["x"], "400 Bad"), '400 Bad: ["x"]'),
+    (answer(b"[" * 60_000, "400 Bad"), "400 Bad: " + "[" * 1991 + " …"),
+    (answer({"error": "x" * 10_000}, "500 Oops"), "x" * 2000 + " …"),
+    (answer("y" * 1_000_000, "500 Oops"), "500 Oops: " + "y" * 1990 + " …"),
+    (answer(b"\x1f\x8b\x08gzip", "400 Bad", Content_Encoding="gzip"), "400 Bad: \ufffd gzip"),
+    (
+        answer("", "302 Found", Location="http://other.invalid/x"),
+        "302 Found (redirects are not followed; Location: http://other.invalid/x)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("response", "text"), REASONS, ids=lambda value: str(value)[-40:])
+def test_the_text_of_an_error_is_the_server_s_own_reason(client_of: Clients, response: bytes, text: str) -> None:
+    with Peer([[Do.REQUEST, iter((response,)), Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError) as caught:
+        client_of(peer.url, retries=0).run("i", ["c"])
+    assert str(caught.value) == text and text.isprintable()
+    assert len(peer.requests[0]) == peer.connections == 1
+
+
+# Each row: an answer to a download, and what the error says.
+NO_FILES = [
+    (answer("", "301 Moved Permanently", Location="files/?path=a"), 301, "the path is a folder; name a file in it"),
+    (answer("", "301 Moved Permanently", Location="/login"), 301, "redirects are not followed; Location: /login"),
+    (answer(None, "204 No Content"), 204, "204 No Content is no whole file"),
+    (answer("abc", "206 Partial Content", Content_Range="bytes 0-2/9"), 206, "206 Partial Content is no whole file"),
+    (answer(b"\x1f\x8b", Content_Encoding="GZip"), 200, "Content-Encoding 'gzip', which was not asked for"),
+    (answer({"error": "file not found"}, "404 Not Found"), 404, "file not found"),
+]
+
+
+@pytest.mark.parametrize(("response", "status", "text"), NO_FILES)
+def test_a_download_is_a_whole_file_or_an_error(client_of: Clients, response: bytes, status: int, text: str) -> None:
+    with Peer.answering(response, answer("x", Content_Encoding="identity")) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError) as caught:
+            client.download_file("a")
+        assert client.download_file("a") == b"x"
+    assert text in str(caught.value) and caught.value.status_code == status
+
+
+def test_health_is_true_for_2xx_and_false_for_any_other_answer(client_of: Clients) -> None:
+    statuses = ["200 OK", "204 No Content", "301 Moved", "404 Not Found", "429 Busy", "500 Oops", "503 Busy"]
+    with Peer.answering(*(answer(None if "204" in status else "not JSON", status) for status in statuses)) as peer:
+        client = client_of(peer.url)
+        assert [client.health() for _ in statuses] == [True, True, False, False, False, False, False]
+
+
+def test_when_nobody_answers_the_error_names_host_and_port(client_of: Clients) -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        authority = f"127.0.0.1:{bound.getsockname()[1]}"
+        client = client_of(f"http://{authority}/x", retries=0)
+        for method, args in [("health", ()), *EVERY_METHOD]:
+            with pytest.raises(BoxerConnectionError, match=rf"^{re.escape(authority)}: ") as caught:
+                getattr(client, method)(*args)
+            assert isinstance(caught.value.__cause__, OSError) and not caught.value.request_sent
+
+
+def errors_of_every_kind() -> list[BoxerError]:
+    raised = BoxerConnectionError("h:1: lost")
+    raised.__cause__ = ConnectionResetError(104, "reset")
+    return [
+        BoxerError("a"),
+        BoxerValidationError("a sentence"),
+        raised,
+        BoxerConnectionError("h:1: no connection", request_sent=False),
+        BoxerExitError(RunResult("boxer-1", 3, "out", "line\nlast", 7)),
+        BoxerAPIError("é", 404),
+        BoxerAPIError(message="", status_code=500),
+        BoxerTimeoutError("late", 0),
+        BoxerOutputLimitError("too much", 507),
+    ]
+
+
+@pytest.mark.parametrize("error", errors_of_every_kind(), ids=repr)
+def test_every_error_pickles_and_copies(error: BoxerError) -> None:
+    pickled = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for again in [*pickled, copy.copy(error), copy.deepcopy(error)]:
+        assert type(again) is type(error) and again is not error
+        assert (str(again), vars(again), again.args) == (str(error), vars(error), error.args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compatibility with boxer-sdk 0.1.0
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# The signatures of version 0.1.0.
+CLIENTS_0_1_0: dict[str, Any] = {
+    "__init__": lambda self, base_url="http://localhost:8080", timeout=120.0: 0,
+    "health": lambda self: 0,
+    "run": lambda self, image, cmd, *, env=None, cwd="/", limits=None, files=None, persist=False, network=None: 0,
+    "upload_file": lambda self, remote_path, content: 0,
+    "upload_path": lambda self, local_path, remote_path=None: 0,
+    "download_file": lambda self, path: 0,
+}
+OTHERS_0_1_0: dict[str, Any] = {
+    "ResourceLimits": lambda cpu_cores=None, memory_mb=None, pids_limit=None, wall_clock_secs=None, nofile=None: 0,
+    "RunResult": lambda exec_id, exit_code, stdout, stderr, wall_ms: 0,
+    "BoxerAPIError": lambda message, status_code: 0,
+    "BoxerTimeoutError": lambda message, status_code: 0,
+    "BoxerOutputLimitError": lambda message, status_code: 0,
+}
+SIGNATURES = [
+    *[(old, getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient) for name, old in CLIENTS_0_1_0.items()],
+    *[(old, getattr(boxer, name)) for name, old in OTHERS_0_1_0.items()],
+]
+# Defaults that are another value and mean the same, or (base_url) the same where BOXER_URL is not set.
+SAME_DEFAULTS = {("base_url", "http://localhost:8080"): None, ("cwd", "/"): None}
+
+
+@pytest.mark.parametrize(("old", "new"), SIGNATURES, ids=lambda one: one.__qualname__)
+def test_every_call_of_version_0_1_0_still_means_the_same(old: Any, new: Any) -> None:
+    parameters = list(inspect.signature(new).parameters.values())
+    for position, parameter in enumerate(inspect.signature(old).parameters.values()):
+        same = next(one for one in parameters if one.name == parameter.name)
+        assert same.kind == parameter.kind
+        assert parameters.index(same) == position or parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert same.default == SAME_DEFAULTS.get((parameter.name, parameter.default), parameter.default)
+    for parameter in parameters:
+        is_new = parameter.name not in inspect.signature(old).parameters
+        assert not is_new or (parameter.kind, parameter.default is parameter.empty) == (parameter.KEYWORD_ONLY, False)
+
+
+def test_every_name_of_version_0_1_0_is_still_there() -> None:
+    names = "AsyncBoxerClient BoxerAPIError BoxerClient BoxerError BoxerOutputLimitError BoxerTimeoutError"
+    assert {*names.split(), "ResourceLimits", "RunResult"} <= set(boxer.__all__) <= set(dir(boxer))
+    for name in ("health", "run", "upload_file", "upload_path", "download_file", "aclose"):
+        assert inspect.iscoroutinefunction(getattr(AsyncBoxerClient, name))
+    assert not inspect.iscoroutinefunction(BoxerClient.close)
+
+
+def test_the_clients_have_the_same_methods_and_parameters() -> None:
+    for name in ("health", "run", "upload_file", "upload_path", "download_file"):
+        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient))
+        assert ours == theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# upload_path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose files sort differently as paths and as text."""
+    for name in ("a-b.txt", "a/b/deep.txt", "a/x.txt", "é 1%.txt", "a.txt"):
+        (tmp_path / "proj" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proj" / name).write_text(f"content of {name}\r\n")
+    (tmp_path / "proj" / "empty" / "too").mkdir(parents=True)
+    return tmp_path / "proj"
+
+
+@contextlib.contextmanager
+def store() -> Iterator[StandIn]:
+    """A server for files alone."""
+    with StandIn(sandbox=NoSandbox()) as stand_in:
+        yield stand_in
+
+
+IN_ORDER_OF_PATHS = ["a/b/deep.txt", "a/x.txt", "a-b.txt", "a.txt", "é 1%.txt"]
+FOLDERS: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
+    ("a path", lambda folder: folder, {}, "proj"),
+    ("text", str, {}, "proj"),
+    ("text with a slash", lambda folder: f"{folder}/", {}, "proj"),
+    ("the current folder", lambda _: ".", {}, "proj"),
+    ("a remote path", lambda folder: folder, {"remote_path": "x/y"}, "x/y"),
+    ("a remote path with a slash", lambda folder: folder, {"remote_path": "x/"}, "x"),
+    ("a link", lambda folder: folder.parent / "link", {}, "link"),
+]
+
+
+@pytest.mark.parametrize(("local", "given", "prefix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_a_folder_is_uploaded_whole_and_in_order(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, folder: Path, local: Any, given: dict[str, Any], prefix: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder.parent / "link").symlink_to("proj")
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(local(folder), **given) == [f"{prefix}/{name}" for name in IN_ORDER_OF_PATHS]
+        for name in IN_ORDER_OF_PATHS:
+            assert client.download_file(f"{prefix}/{name}") == (folder / name).read_bytes()
+
+
+def test_a_file_is_uploaded_under_its_name_or_the_one_given(client_of: Clients, folder: Path) -> None:
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(folder / "a.txt") == ["a.txt"]
+        assert client.upload_path(str(folder / "a.txt"), "x/é") == ["x/é"]
+        assert client.download_file("a.txt") == client.download_file("x/é") == b"content of a.txt\r\n"
+
+
+def test_an_empty_folder_is_no_files(client_of: Clients, tmp_path: Path) -> None:
+    with Peer([]) as peer:
+        assert client_of(peer.url).upload_path(tmp_path) == []
+
+
+def test_links_within_a_folder_are_followed(client_of: Clients, folder: Path) -> None:
+    (folder / "file").symlink_to("a/x.txt")
+    (folder / "z").symlink_to(folder / "a", target_is_directory=True)
+    with store() as server:
+        client = client_of(server.url)
+        remote = client.upload_path(folder, "r")
+        assert remote[4:] == ["r/file", "r/z/b/deep.txt", "r/z/x.txt", "r/é 1%.txt"]
+        assert client.download_file("r/file") == client.download_file("r/z/x.txt") == b"content of a/x.txt\r\n"
+
+
+# Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
+NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
+    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "leaves the folder"),
+    ("a link by way of ..", lambda path: path.symlink_to("../../other"), "leaves the folder"),
+    ("a link to the folder's own start", lambda path: path.symlink_to("../../project"), "leaves the folder"),
+    ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
+    ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
+    ("a link to its folder", lambda path: path.symlink_to("."), "a folder that it is in"),
+    ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "a folder that it is in"),
+    ("a pipe", os.mkfifo, "neither a file nor a folder"),
+    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), [row[1:] for row in NO_UPLOADS], ids=[row[0] for row in NO_UPLOADS])
+def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
+    client_of: Clients, folder: Path, make: Callable[[Path], Any], text: str
+) -> None:
+    for outside in ("other", "project"):
+        (folder.parent / outside).mkdir()
+    make(folder / "a" / "odd")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=text) as caught:
+        client_of(peer.url).upload_path(folder)
+    assert str(folder / "a" / "odd") in str(caught.value)
+
+
+def test_two_links_that_lead_to_each_other_are_refused(client_of: Clients, folder: Path) -> None:
+    (folder / "a" / "one").symlink_to("../empty")
+    (folder / "empty" / "two").symlink_to("../a")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="a folder that it is in"):
+        client_of(peer.url).upload_path(folder)
+
+
+@pytest.mark.parametrize("local", ["/dev/null", "pipe"])
+def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
+        client_of(peer.url).upload_path(tmp_path / local)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(str(number))
+    return tmp_path
+
+
+def test_many_files_go_over_eight_connections_at_most(client_of: Clients, many: Path) -> None:
+    with store() as server:
+        client = client_of(server.url)
+        remote = client.upload_path(many, "m")
+        assert remote == [f"m/{number:02}.txt" for number in range(40)]
+        assert [client.download_file(path) for path in remote] == [b"%d" % number for number in range(40)]
+        assert server.connections <= 8
+
+
+def test_eight_files_are_sent_at_a_time(client_of: Clients, many: Path) -> None:
+    for path in sorted(many.iterdir())[8:]:
+        path.unlink()
+    all_are_there = threading.Barrier(8, timeout=20)
+    script: list[PeerStep] = [Do.REQUEST, lambda _: all_are_there.wait(), STORED]
+    with Peer([script] * 8) as peer:
+        assert len(client_of(peer.url).upload_path(many)) == 8
+
+
+def test_an_upload_that_fails_in_the_middle_ends_them_all(client_of: Clients, many: Path) -> None:
+    all_are_there = threading.Barrier(8, timeout=20)
+
+    def refuse(number: int) -> Callable[[Any], None]:
+        def step(sock: Any) -> None:
+            all_are_there.wait()
+            if b"m/05.txt" in peer.requests[number][0].body:
+                sock.sendall(answer({"error": "upload exceeds limit"}, "413 Too Large", Connection="close"))
+
+        return step
+
+    script: list[list[PeerStep]] = [[Do.REQUEST, refuse(number)] for number in range(8)]
+    with Peer([*script, [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError, match=r"^upload exceeds limit$") as caught:
+            client.upload_path(many, "m")
+        assert caught.value.status_code == 413
+        assert client.health()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clients as objects
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_pickles_as_its_settings(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, WELL], [Do.REQUEST, answer("", "503 Busy"), Do.REQUEST, WELL]]) as peer:
+        url, settings = f"http://me:pw@{peer.authority}/x", {"retries": 0, "headers": {"X-A": "b"}}
+        assert client_of(url, timeout=9, **settings).health()
+        made = client_of.cls(url, timeout=9, **settings)
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            again = pickle.loads(pickle.dumps(made, protocol))
+            assert type(again) is client_of.cls and repr(again) == repr(made)
+            client_of.take(again).close()
+        client = client_of.take(pickle.loads(pickle.dumps(made)))
+        client_of.take(made)
+        with pytest.raises(BoxerAPIError):
+            client.run("i", ["c"])
+        assert client.health()
+    first, _, last = (request for requests in peer.requests for request in requests)
+    assert (last.line, last.fields) == (first.line, first.fields)
+
+
+def test_a_client_is_closed_by_with_and_can_be_closed_twice(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with Peer.answering(WELL) as peer, client_of(peer.url) as client:
+        assert client.health()
+    client.close()
+    for method, args in [("health", ()), *EVERY_METHOD, ("upload_path", (tmp_path,))]:
+        with pytest.raises(RuntimeError, match=r"BoxerClient\('http://127.0.0.1:[0-9]+'\) is closed"):
+            getattr(client, method)(*args)
+    with pytest.raises(RuntimeError, match="is closed"), client:
+        pass
+
+
+def test_a_client_that_was_never_closed_warns_and_leaves_nothing(client_of: Clients) -> None:
+    with Peer.answering(WELL) as peer:
+        made = [client_of.cls(peer.url)]
+        health = made[0].health()
+        assert (health if client_of.kind == "sync" else client_of.loop.run_until_complete(health)) is True
+        with pytest.warns(ResourceWarning, match=rf"^unclosed {client_of.cls.__name__}\('{peer.url}'\)$"):
+            made.clear()
+
+
+def test_a_client_that_could_not_be_made_does_not_warn(client_of: Clients) -> None:
+    with pytest.raises(BoxerValidationError):
+        client_of.cls("nowhere")
+
+
+def test_a_run_request_is_a_value_that_hides_what_env_says() -> None:
+    request = RunRequest("i", ["c"], env={"TOKEN": "s3cret", "B": ""}, limits={"nofile": 5}, files=["a"])
+    assert request == RunRequest("i", ("c",), ["TOKEN=s3cret", "B="], None, ResourceLimits(nofile=5), ["a"])
+    assert "s3cret" not in repr(request) and "env=['TOKEN', 'B']" in repr(request) and "image='i'" in repr(request)
+    assert pickle.loads(pickle.dumps(request)) == copy.deepcopy(request) == request
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.image = "j"  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs in a sandbox, end to end
+# ---------------------------------------------------------------------------------------------------------------------
+
+PYTHON = "python:3.12-slim"
+HELLO = [
+    (PYTHON, ["python3", "-c", "print('hello world')"]),
+    ("node:20-slim", ["node", "-e", "console.log('hello world')"]),
+    ("perl:5.38-slim", ["perl", "-e", "print 'hello world\n'"]),
+]
+COMPUTE = b"""import json, os
+os.makedirs("/output/subdir")
+json.dump({"value": 42}, open("/output/result.json", "w"))
+open("/output/subdir/file.bin", "wb").write(bytes(range(256)))
+"""
+
+
+@in_a_sandbox
+@pytest.mark.parametrize(("image", "cmd"), HELLO, ids=["Python", "Node", "Perl"])
+def test_hello_world(client_of: Clients, server: Any, image: str, cmd: list[str]) -> None:
+    if not REAL_URL and not shutil.which(cmd[0], path=SANDBOX_PATH):
+        pytest.skip(f"{cmd[0]} is not installed on this machine")
+    result = client_of(server.url).run(image=image, cmd=cmd)
+    assert (result.stdout, result.stderr, result.exit_code) == ("hello world\n", "", 0)
+    assert result.wall_ms > 0 and re.fullmatch("boxer-[0-9a-f-]{36}", result.exec_id)
+
+
+@in_a_sandbox
+def test_files_make_the_round_trip_byte_for_byte(client_of: Clients, server: Any, names: Mapping[str, str]) -> None:
+    client, script = client_of(server.url), f"{names['u']}-compute.py"
+    client.upload_file(script, COMPUTE)
+    result = client.run(PYTHON, ["python3", f"/{script}"], files=[script], persist=True, check=True)
+    assert json.loads(client.download_file(result.output_path("result.json"))) == {"value": 42}
+    assert client.download_file(f"output/{result.exec_id}/subdir/file.bin") == bytes(range(256))
+    assert client.download_file(script) == COMPUTE
+    with pytest.raises(BoxerAPIError, match="the path is a folder"):
+        client.download_file(result.output_path("subdir"))
+
+
+@in_a_sandbox
+def test_a_folder_goes_into_a_run(client_of: Clients, server: Any, names: Mapping[str, str], folder: Path) -> None:
+    client, remote = client_of(server.url), names["u"]
+    client.upload_path(folder, remote)
+    script = "import os; print(os.environ['A'], os.getcwd(), open('a/x.txt').read(), end='')"
+    result = client.run(PYTHON, ["python3", "-c", script], env={"A": "é"}, cwd=f"/{remote}", files=[remote])
+    assert (result.stdout, result.stderr) == (f"é /{remote} content of a/x.txt\n", "")
+
+
+# Each row: a Python program, its limits, and the error it comes to.
+ENDINGS: list[tuple[str, dict[str, int], type[BoxerAPIError], int, str]] = [
+    ("while True: pass", {"wall_clock_secs": 1}, BoxerTimeoutError, 408, "execution timed out"),
+    ("print('x' * 10485760)", {}, BoxerOutputLimitError, 507, "output limit exceeded"),
+]
+
+
+@in_a_sandbox
+@pytest.mark.parametrize(("script", "limits", "kind", "status", "text"), ENDINGS)
+def test_a_run_over_its_limit_is_an_error(
+    client_of: Clients, server: Any, script: str, limits: Any, kind: type[BoxerAPIError], status: int, text: str
+) -> None:
+    with pytest.raises(kind, match=text) as caught:
+        client_of(server.url).run(PYTHON, ["python3", "-c", script], limits=ResourceLimits(**limits))
+    assert caught.value.status_code == status
+
+
+@in_a_sandbox
+def test_an_exit_code_is_a_result_and_an_error_where_it_is_checked(client_of: Clients, server: Any) -> None:
+    client = client_of(server.url)
+    cmd = ["python3", "-c", "import sys; print('out'); sys.exit('no luck')"]
+    result = client.run(PYTHON, cmd)
+    assert (result.exit_code, result.stdout, result.stderr, result.ok) == (1, "out\n", "no luck\n", False)
+    with pytest.raises(BoxerExitError, match=r"^exit code 1: no luck$"):
+        client.run(PYTHON, cmd, check=True)
+
+
+@in_a_sandbox
+def test_runs_go_on_at_once_on_one_client(client_of: Clients, server: Any) -> None:
+    calls: list[Any] = [("run", (PYTHON, ["python3", "-c", f"print({number} ** 2)"]), {}) for number in range(6)]
+    results = gather(client_of(server.url), calls)
+    assert [getattr(result, "stdout", result) for result in results] == [f"{number**2}\n" for number in range(6)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How bytes travel: connections, tries, deadlines, whatever a server may say, TLS, proxies
+# ---------------------------------------------------------------------------------------------------------------------
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def run(cmd: str = "true", **more: Any) -> Call:
+    return "run", ("image", [cmd]), more
+
+
+def upload(content: Any) -> Call:
+    return "upload_file", ("a.txt", content), {}
+
+
+GET_HEALTH: Call = ("health", (), {})
+RUN_IT = run()
+PUT_FILE = upload(b"content")
+LARGE = upload(bytes(64 * MIB))  # like the next, it does not fit into any buffer
+BIG_RUN = run(env={"BIG": "x" * 8 * MIB})
+DOWNLOAD: Call = ("download_file", ("a.txt",), {})
+RESULT = RunResult("boxer-1", 0, "hi\n", "", 7)
+WELL_AND_BYE = answer({"ok": True}, Connection="close")
+
+
+def do(client: Any, call: Call, **more: Any) -> Any:
+    method, args, kwargs = call
+    return getattr(client, method)(*args, **{**kwargs, **more})
+
+
+def outcome(client: Any, call: Call, **more: Any) -> Any:
+    """Make a call, and return what it returns or the error that it raises, if that is one a caller has to expect."""
+    try:
+        return do(client, call, **more)
+    except BoxerError as error:
+        return error
+
+
+def is_expected(got: Any, expected: Any) -> bool:
+    """Compare an outcome with a value; or with the class of an error, its status (None: it has none) and its text."""
+    if not isinstance(expected, tuple):
+        return bool(got == expected)
+    kind, status, text = expected
+    return type(got) is kind and getattr(got, "status_code", None) == status and text in str(got)
+
+
+class Unseekable(io.RawIOBase):
+    """Content that can be read once."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._content.read(size)
+
+
+class Host(Peer):
+    """A peer that treats any number of connections alike: it sends what `respond` returns for each request.
+
+    That is bytes, followed by Do.FIN or Do.RST if the connection is to end there; a function in it is called.
+    """
+
+    def __init__(self, respond: Callable[[Received], Iterable[Any]], **settings: Any) -> None:
+        super().__init__(_Alike(self), **settings)
+        self.respond = respond
+        self.seen: list[Received] = []
+
+    def __enter__(self) -> Host:
+        super().__enter__()
+        return self
+
+    def serve(self, sock: Any) -> None:
+        with contextlib.suppress(ConnectionError), sock.makefile("rb") as reader:
+            while reader.peek(1):
+                self.seen.append(_received(reader, with_body=True))
+                for step in self.respond(self.seen[-1]):
+                    if step is Do.RST:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    if isinstance(step, Do):
+                        return
+                    step() if callable(step) else sock.sendall(step)
+
+
+class _Alike(collections.abc.Sequence[Any]):
+    """The script of a Host: the same for each connection, of which there are as many as there are."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def __len__(self) -> int:
+        return self.host.connections
+
+    def __getitem__(self, number: Any) -> Any:
+        return [self.host.serve, Do.FIN]
+
+
+class Clock:
+    """What clients take for the time: it goes ahead by their pauses, which take none, and by `tick` at each look."""
+
+    def __init__(self) -> None:
+        self.ahead = self.tick = 0.0
+        self.pauses: list[float] = []
+        self._real_time, self._real_sleep = time.monotonic, asyncio.sleep
+
+    def time(self) -> float:
+        self.ahead += self.tick
+        return self._real_time() + self.ahead
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.ahead += seconds
+
+    async def async_sleep(self, seconds: float) -> None:
+        if seconds:
+            self.sleep(seconds)
+        await self._real_sleep(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.time)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    monkeypatch.setattr(asyncio, "sleep", clock.async_sleep)
+    return clock
+
+
+@pytest.fixture
+def tidy(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail if anything is left behind, or asyncio has had to complain, for a test of one client alone."""
+    with nothing_left_behind():
+        yield
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+def refused_url() -> str:
+    with Peer([]) as peer:
+        return peer.url
+
+
+# Connections
+
+
+def test_a_row_of_calls_uses_one_connection(client_of: Clients) -> None:
+    with Peer.answering(*[WELL, RAN, STORED, answer("abc"), answer({"error": "no"}, "404 Not Found")] * 10) as peer:
+        client = client_of(peer.url)
+        for _ in range(10):
+            got = [outcome(client, call) for call in (GET_HEALTH, RUN_IT, PUT_FILE, DOWNLOAD, DOWNLOAD)]
+            assert got[:4] == [True, RESULT, None, b"abc"] and got[4].status_code == 404
+    assert peer.connections == 1
+
+
+def test_calls_at_once_use_no_more_connections_than_allowed(client_of: Clients) -> None:
+    four = threading.Barrier(4)  # an answer comes once four requests wait for one: all four connections are in use
+
+    def respond(request: Received) -> list[bytes]:
+        four.wait(30)
+        return [answer({**RUN, "stdout": request.json["cmd"][0]})]
+
+    with Host(respond) as host:
+        client = client_of(host.url, max_connections=4)
+        results = gather(client, [run(str(n)) for n in range(40)])
+        assert [result.stdout for result in results] == [str(n) for n in range(40)]
+    assert host.connections == 4
+
+
+def test_hundreds_of_calls_at_once_get_their_own_answers(client_of: Clients) -> None:
+    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0] * 500})]) as host:
+        client = client_of(host.url, max_connections=16)
+        results = gather(client, [run(f"{n} ") for n in range(800)])
+        assert [result.stdout for result in results] == [f"{n} " * 500 for n in range(800)]
+    assert host.connections <= 16
+
+
+# What happens on an idle connection, before the next call.
+IDLE_EVENTS: dict[str, list[Any]] = {
+    "it is closed": [Do.HALF_CLOSE],
+    "it is reset": [Do.RST],
+    "a second answer comes": [answer({**RUN, "stdout": "not yours"})],
+    "a part of an answer comes": [b"HTTP/1.1 200 OK\r\n"],
+    "a 408 comes and it is closed": [answer("Request Time-out", "408 Request Timeout"), Do.HALF_CLOSE],
+}
+
+
+@pytest.mark.parametrize("event", IDLE_EVENTS)
+def test_an_idle_connection_that_anything_happened_to_is_not_used_again(client_of: Clients, event: str) -> None:
+    is_idle, has_happened = threading.Event(), threading.Event()
+    steps = [lambda _: is_idle.wait(30), *IDLE_EVENTS[event], lambda _: has_happened.set()]
+    end = Do.FIN if Do.RST in steps else Do.DRAIN
+    with Peer([[Do.REQUEST, WELL, *steps, end], [Do.REQUEST, RAN]]) as peer:
+        client = client_of(peer.url)
+        assert client.health()
+        is_idle.set()
+        assert has_happened.wait(30)
+        assert client.run("image", ["true"]) == RESULT
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(client_of: Clients, clock: Clock) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, WELL], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        for _ in range(2):
+            assert client.health()
+        clock.ahead += 30
+        assert client.health()
+
+
+# Calls that are answered before they were wholly sent, with nothing that speaks against the connection.
+EARLY = {
+    "an upload": (LARGE, answer({"error": "no"}, "400 Bad Request")),
+    "a stored upload": (LARGE, STORED),
+    "a run": (BIG_RUN, answer({"error": "no"}, "400 Bad Request")),
+    "a run that went well": (BIG_RUN, RAN),
+}
+
+
+@pytest.mark.parametrize("early", EARLY)
+def test_a_connection_that_answered_early_is_not_used_again(client_of: Clients, early: str) -> None:
+    (call, what), has_answer = EARLY[early], threading.Event()
+    with Peer([[Do.HEAD, what, lambda _: has_answer.wait(30), Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url, timeout=20)
+        got = outcome(client, call)
+        has_answer.set()
+        assert got in (RESULT, None) or is_expected(got, (BoxerAPIError, 400, "no"))
+        assert client.health()
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+def test_a_download_goes_once_more_when_its_kept_connection_proves_dead(client_of: Clients, end: Do) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
+        client = client_of(peer.url, retries=0)
+        assert client.health()
+        assert client.download_file("a.txt") == b"abc"
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+@pytest.mark.parametrize("call", [RUN_IT, PUT_FILE], ids=["run", "upload"])
+def test_a_post_whose_bytes_have_left_is_never_sent_twice(client_of: Clients, call: Call, end: Do) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, end]]) as peer:
+        client = client_of(peer.url, retries=5)
+        assert client.health()
+        for _ in ("on a kept connection", "on a fresh one"):
+            error = outcome(client, call)
+            assert type(error) is BoxerConnectionError and error.request_sent
+            assert peer.authority in str(error) and error.__cause__ is not None
+    assert [len(requests) for requests in peer.requests] == [2, 1]
+
+
+# Tries
+
+
+def failing(status: str, error: Any = "no", **fields: str) -> bytes:
+    return answer({"error": error} if isinstance(error, str) else error, status, **fields)
+
+
+BROKEN = "500 Internal Server Error"
+ANEW: Call = upload(io.BytesIO(b"content"))
+# For an answer that never gets better: the client's retries (None: its default), the call, how often it is sent.
+TRIES: list[tuple[bytes, int | None, Call, int]] = [
+    *((failing(status), None, call, 3)
+      for status in ("429 Slow Down", "503 Service Unavailable", BROKEN) for call in (RUN_IT, PUT_FILE, DOWNLOAD)),
+    (answer("Busy", "503 Service Unavailable"), None, RUN_IT, 3),
+    (failing(BROKEN, "read stdin: broken"), None, RUN_IT, 3),
+    *((failing(BROKEN, f"{error}: x"), None, RUN_IT, 1)
+      for error in ("image pull failed", "spec build failed", "network setup failed",
+                    "start runsc: context deadline exceeded")),
+    *((answer(text, BROKEN), None, RUN_IT, 1) for text in ("", "oops", "<p>oops</p>", [1], {"error": 5}, {"e": "x"})),
+    *((failing(status), None, RUN_IT, 1)
+      for status in ("400 Bad Request", "404 Not Found", "408 Request Timeout", "409 Conflict", "413 Too Large",
+                     "501 Not Implemented", "502 Bad Gateway", "504 Gateway Timeout", "507 Insufficient Storage")),
+    (failing(BROKEN), 0, RUN_IT, 1),
+    (failing(BROKEN), 5, RUN_IT, 6),
+    (failing(BROKEN), 5, run(retries=1), 2),
+    (failing(BROKEN), 0, run(retries=1), 2),
+    (failing(BROKEN), 5, run(network="sandbox"), 1),
+    (failing(BROKEN), 5, run(network="host"), 1),
+    (failing(BROKEN), 5, run(network="sandbox", retries=1), 2),
+    (failing(BROKEN), 1, run(network="none"), 2),
+    (failing(BROKEN), None, ANEW, 3),
+    (failing(BROKEN), 5, upload(Unseekable(b"content")), 1),
+    (failing("503 Service Unavailable"), None, GET_HEALTH, 1),
+    (failing("503 Service Unavailable"), None, ("health", (), {"retries": 4}), 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "retries", "call", "tries"), TRIES)
+def test_a_request_is_sent_again_after_what_says_that_it_is_over_or_never_began(
+    client_of: Clients, clock: Clock, what: bytes, retries: int | None, call: Call, tries: int
+) -> None:
+    with Host(lambda _: [what]) as host:
+        got = outcome(client_of(host.url, **({} if retries is None else {"retries": retries})), call)
+    assert got is False or f" {got.status_code} " in what.decode()
+    assert (len(host.seen), len(clock.pauses)) == (tries, tries - 1)
+    assert call is not ANEW or all(b"content" in request.body for request in host.seen)
+
+
+def test_a_try_that_succeeds_is_the_last_and_the_last_error_is_raised(client_of: Clients, clock: Clock) -> None:
+    busy = [failing("503 Service Unavailable", "first"), failing("429 Slow Down", "second"), failing(BROKEN, "third")]
+    answers = iter([*busy[:2], RAN, *busy])
+    with Host(lambda _: [next(answers)]) as host:
+        client = client_of(host.url)
+        assert client.run("image", ["true"]) == RESULT
+        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 500, "third"))
+
+
+def test_what_could_not_be_connected_is_tried_again(client_of: Clients, clock: Clock) -> None:
+    client = client_of(refused_url())
+    for call, tries in ((RUN_IT, 2), (run(network="sandbox"), 0), (GET_HEALTH, 0)):
+        clock.pauses.clear()
+        error = outcome(client, call)
+        assert type(error) is BoxerConnectionError and not error.request_sent and len(clock.pauses) == tries
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+def test_a_download_may_be_sent_again_after_a_lost_connection(client_of: Clients, clock: Clock, end: Do) -> None:
+    with Peer([[Do.REQUEST, b"HTTP/1.1 200", end], [Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
+        assert client_of(peer.url).download_file("a.txt") == b"abc"
+    assert len(clock.pauses) == 2
+
+
+def test_pauses_grow_and_no_two_are_the_same(client_of: Clients, clock: Clock) -> None:
+    with Host(lambda _: [failing(BROKEN)]) as host:
+        client = client_of(host.url, retries=5)
+        for _ in range(3):
+            outcome(client, RUN_IT)
+    rows = [clock.pauses[at : at + 5] for at in (0, 5, 10)]
+    assert all(later > earlier for row in rows for earlier, later in zip(row, row[2:])), rows
+    assert all(0.1 < pause < 10 for pause in clock.pauses) and len(set(clock.pauses)) == 15
+
+
+RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, and has no fractions
+    "7": (7, 7.5), "date": (8, 9.5),
+    **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00"],
+                    (0.01, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", RETRY_AFTER)
+def test_retry_after_is_honoured_in_seconds_and_as_a_date(client_of: Clients, clock: Clock, value: str) -> None:
+    sent = email.utils.formatdate(time.time() + 9, usegmt=True) if value == "date" else value
+    answers = iter([failing("503 Service Unavailable", Retry_After=sent), RAN])
+    with Host(lambda _: [next(answers)]) as host:
+        assert client_of(host.url).run("image", ["true"]) == RESULT
+    (pause,) = clock.pauses
+    assert RETRY_AFTER[value][0] <= pause <= RETRY_AFTER[value][1]
+
+
+@pytest.mark.parametrize("value", ["60", "99999999999", "date"])
+def test_a_retry_after_past_the_deadline_ends_the_call_at_once(client_of: Clients, clock: Clock, value: str) -> None:
+    sent = email.utils.formatdate(time.time() + 999, usegmt=True) if value == "date" else value
+    with Host(lambda _: [failing("503 Service Unavailable", "busy", Retry_After=sent)]) as host:
+        got = outcome(client_of(host.url, timeout=30), RUN_IT)
+        assert is_expected(got, (BoxerAPIError, 503, "busy"))
+    assert (len(host.seen), clock.pauses) == (1, [])
+
+
+def test_one_deadline_covers_all_tries_and_pauses(client_of: Clients, clock: Clock) -> None:
+    with Host(lambda _: [failing(BROKEN)]) as host:
+        got = outcome(client_of(host.url, timeout=20, retries=1000), RUN_IT)
+        assert is_expected(got, (BoxerAPIError, 500, "no"))
+    assert 5 < sum(clock.pauses) < 20
+
+
+def test_tries_are_logged_without_secrets(client_of: Clients, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    answers = iter([failing(BROKEN, RACES[0]), failing("503 Service Unavailable", "busy"), RAN])
+    with Host(lambda _: [next(answers)]) as host:
+        client = client_of(host.url.replace("//", "//user:s3cret@"), headers={"X-Token": "s3cret"})
+        assert client.run("s3cret", ["s3cret"], env={"KEY": "s3cret"}) == RESULT
+    records = [record for record in caplog.records if record.name == "boxer"]
+    assert [record.levelno for record in records] == [logging.DEBUG, logging.WARNING]
+    assert "busy" in records[1].getMessage() and "s3cret" not in caplog.text
+
+
+RACES = [f"read {name}: read |0: file already closed" for name in ("stdout", "stderr")]
+
+
+# How often a call may be sent that always meets the race: if this counts as another failure in the end, too, or not.
+RACE_TRIES: list[tuple[Call, tuple[int, ...]]] = [
+    (run(retries=1), (16, 17)), (run(network="none"), (16, 18)), (run(retries=0), (1,)), (run(network="sandbox"), (1,)),
+    (run(network="sandbox", retries=1), (2,)), (PUT_FILE, (3,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("race", RACES)
+@pytest.mark.parametrize(("call", "tries"), RACE_TRIES)
+def test_the_race_has_tries_of_its_own(
+    client_of: Clients, clock: Clock, race: str, call: Call, tries: tuple[int, ...]
+) -> None:
+    with Host(lambda _: [failing(BROKEN, race)]) as host:
+        assert is_expected(outcome(client_of(host.url), call), (BoxerAPIError, 500, race))
+    assert len(host.seen) in tries and len(clock.pauses) == len(host.seen) - 1
+    assert len(host.seen) < 16 or all(0 < pause < 0.25 for pause in clock.pauses[:15])
+
+
+def test_a_third_of_runs_lost_to_the_race_is_no_failure(client_of: Clients) -> None:
+    chance = random.Random(0)
+
+    def respond(request: Received) -> list[bytes]:
+        lost = chance.random() < 1 / 3
+        return [failing(BROKEN, RACES[0]) if lost else answer({**RUN, "stdout": request.json["cmd"][0]})]
+
+    with Host(respond) as host:
+        client = client_of(host.url, max_connections=8)
+        results = gather(client, [run(str(n)) for n in range(100)])
+        assert [result.stdout for result in results] == [str(n) for n in range(100)]
+    assert len(host.seen) > 120
+
+
+# Any bytes
+
+
+def raw(*fields: str, body: bytes = b"", status: str = "HTTP/1.1 200 OK") -> bytes:
+    return "\r\n".join([status, *fields, "", ""]).encode("latin-1") + body
+
+
+JSON_RUN = json.dumps(RUN).encode()
+LENGTH = f"Content-Length: {len(JSON_RUN)}"
+LONG_RUN: dict[str, Any] = {**RUN, "stdout": "y" * 5000}
+IN_CHUNKS = "Transfer-Encoding: chunked"
+
+
+def chunks(*sizes: int, content: bytes = JSON_RUN, extension: bytes = b"", trailer: bytes = b"") -> bytes:
+    """Return content in chunks of these sizes and one with the rest, and the last chunk."""
+    source = io.BytesIO(content)
+    pieces = [*(source.read(size) for size in sizes), source.read()]
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces if piece) + (
+        b"0%b\r\n%b\r\n" % (extension, trailer)
+    )
+
+
+def lost(text: str = "") -> tuple[type, None, str]:
+    return BoxerConnectionError, None, text
+
+
+def refusal(status: int, text: str = "") -> tuple[type, int, str]:
+    return BoxerAPIError, status, text
+
+
+# ENDED: dropped, and the server has closed it after what it sent. EXCESS: dropped, if the excess comes at once.
+KEPT, DROPPED, ENDED, EXCESS = "kept", "dropped", "ended", "excess"
+# What a server says to a run, what comes of it, what becomes of the connection.
+ANSWERS: list[tuple[bytes, Any, str]] = [
+    (RAN, RESULT, KEPT),
+    (raw(LENGTH.lower(), body=JSON_RUN), RESULT, KEPT),
+    (raw(LENGTH, LENGTH, body=JSON_RUN), RESULT, KEPT),
+    (raw(f"{LENGTH}, {len(JSON_RUN)}", body=JSON_RUN), RESULT, KEPT),
+    (raw(f"Content-Length:\t{len(JSON_RUN)} \t", "X:", 'Y: \xe9\t"', body=JSON_RUN), RESULT, KEPT),
+    (raw(LENGTH, status="HTTP/1.1 200 ", body=JSON_RUN), RESULT, KEPT),
+    (raw(LENGTH, *("A: b" for _ in range(99)), body=JSON_RUN), RESULT, KEPT),
+    (raw(status="HTTP/1.1 100 Continue") + raw("Link: x", status="HTTP/1.1 103 Early Hints") + RAN, RESULT, KEPT),
+    (raw(status="HTTP/1.1 102 Processing") * 20 + RAN, RESULT, KEPT),
+    (raw(IN_CHUNKS, body=chunks()), RESULT, KEPT),
+    (raw("transfer-encoding: CHUNKED", body=chunks(*[1] * 40)), RESULT, KEPT),
+    (raw(IN_CHUNKS, body=chunks(8, 30, extension=b';a=b;c="d"', trailer=b"A: b\r\nC: d\r\n")), RESULT, KEPT),
+    (raw(IN_CHUNKS, body=chunks(trailer=b"Content-Length: 5\r\n")), RESULT, KEPT),
+    (raw(IN_CHUNKS, body=b"000%X\r\n%b\r\n00000\r\n\r\n" % (len(JSON_RUN), JSON_RUN)), RESULT, KEPT),
+    (raw(IN_CHUNKS, body=chunks(2048, content=json.dumps(LONG_RUN).encode())), RunResult(**LONG_RUN), KEPT),
+    (raw("Connection: x, Close", LENGTH, body=JSON_RUN), RESULT, DROPPED),
+    (raw("Connection: x", "connection: CLOSE", IN_CHUNKS, body=chunks(5)), RESULT, DROPPED),
+    (raw(LENGTH, body=JSON_RUN, status="HTTP/1.0 200 OK"), RESULT, DROPPED),
+    (raw(LENGTH, "Connection: keep-alive", body=JSON_RUN, status="HTTP/1.0 200 OK"), RESULT, DROPPED),
+    (raw(body=JSON_RUN), RESULT, ENDED),
+    (raw(body=JSON_RUN, status="HTTP/1.0 200 OK"), RESULT, ENDED),
+    (RAN + b"\r\n", RESULT, EXCESS),
+    (RAN + RAN, RESULT, EXCESS),
+    (raw(IN_CHUNKS, body=chunks(5)) + b"HTTP/1.1 200 OK\r\n", RESULT, EXCESS),
+    # Not what was asked for.
+    (raw(status="HTTP/1.1 204 No Content"), refusal(204, "JSON"), KEPT),
+    (raw(LENGTH, status="HTTP/1.1 204 No Content"), refusal(204, "JSON"), KEPT),
+    (raw(LENGTH, status="HTTP/1.1 304 Not Modified"), refusal(304, "304 Not Modified"), KEPT),
+    (raw("Location: /a", "Content-Length: 0", status="HTTP/1.1 302 Found"), refusal(302, "Location: /a"), KEPT),
+    (raw(body=b"no", status="HTTP/1.1 999 \xe9"), refusal(999, "999 \xe9: no"), ENDED),
+    # No well-formed answer.
+    (b"", lost(), ENDED),
+    (raw(status="HTTP/1.1 100 Continue"), lost(), ENDED),
+    (b"garbage", lost("HTTP"), DROPPED),
+    (b"\x15\x03\x03\x00\x02\x02\x28", lost("HTTP"), DROPPED),  # a TLS alert
+    (b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x05\x00\x00\x40\x00", lost("HTTP"), DROPPED),  # HTTP/2's settings
+    (b"\r\n" + RAN, lost("HTTP"), DROPPED),
+    *((raw(LENGTH, status=status, body=JSON_RUN), lost(), DROPPED) for status in (
+        "HTTP/2.0 200 OK", "HTTP/2 200", "http/1.1 200 OK", "HTTP/1.1 20 OK", "HTTP/1.1 2000 OK", "HTTP/1.1  200 OK",
+        "HTTP/1.1 099 OK", "HTTP/1.1 +20 OK", "HTTP/1.1\t200 OK", "HTTP/1.10 200 OK", "HTTP/1.1 200 O\x00K", "ICY 200",
+        "HTTP/1.1 101 Switching Protocols", "HTTP/1.1 \xb2\xb2\xb2 OK", " HTTP/1.1 200 OK", "HTTP/1.1 200 O\rK")),
+    (RAN.replace(b"\r\n", b"\n"), lost("CRLF"), DROPPED),
+    (RAN.replace(b" OK\r\n", b" OK\n"), lost(), DROPPED),
+    *((raw(LENGTH, field, body=JSON_RUN), lost("field"), DROPPED) for field in (
+        "A: b\r\n c", " A: b", "A : b", "A B: c", ": b", "A", "A: \0", "A: b\rC: d", "A\xe9: b", "A: b\x7f", "A(: b")),
+    *((raw(f"Content-Length: {length}", body=JSON_RUN), lost("Content-Length"), DROPPED) for length in (
+        "+5", "-5", "0x5", "5_0", "5 5", "5;5", "5, 6", "5,", "\xb2", "1e2", "9" * 20, "five", "5.0", "")),
+    (raw("Content-Length: 5", "Content-Length: 6", body=JSON_RUN), lost("Content-Length"), DROPPED),
+    (raw(LENGTH, IN_CHUNKS, body=chunks()), lost("Transfer-Encoding"), DROPPED),
+    (raw(IN_CHUNKS, LENGTH, body=chunks()), lost("Transfer-Encoding"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks(), status="HTTP/1.0 200 OK"), lost("Transfer-Encoding"), DROPPED),
+    *((raw(f"Transfer-Encoding: {coding}", body=chunks()), lost("Transfer-Encoding"), DROPPED) for coding in (
+        "gzip", "gzip, chunked", "chunked, chunked", "identity", "chunked;q=1", "xchunked", "chunked,", "")),
+    *((raw(IN_CHUNKS, body=size + b"\r\n" + JSON_RUN + b"\r\n0\r\n\r\n"), lost("chunk"), DROPPED) for size in (
+        b"+5", b"-5", b"0x5", b"5_0", b" 5", b"5 5", b"g", b"", b"1" + b"0" * 16, b"5\n", b"5\r", b"\xb2", b"5;a\0b")),
+    (raw(IN_CHUNKS, body=chunks().replace(b"}\r\n", b"}..")), lost("chunk"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks().replace(b"}\r\n", b"}\n")), lost("chunk"), DROPPED),
+    (raw(IN_CHUNKS, body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_RUN) - 1, JSON_RUN)), lost("chunk"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks(trailer=b"A : b\r\n")), lost("field"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks(trailer=b" A: b\r\n")), lost("field"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks(trailer=b"A: b\r\n" * 101)), lost("fields"), DROPPED),
+    (raw(IN_CHUNKS, body=chunks()[:-5]), lost("content"), ENDED),
+    (raw(LENGTH, body=JSON_RUN[:-1]), lost("content"), ENDED),
+    (raw("A: " + "b" * 65536, LENGTH, body=JSON_RUN), lost("65536"), DROPPED),
+    (raw(LENGTH, *("A: b" for _ in range(100)), body=JSON_RUN), lost("100 fields"), DROPPED),
+    (raw(status="HTTP/1.1 100 Continue") * 21 + RAN, lost("interim"), DROPPED),
+]  # fmt: skip
+
+
+# The same for a download.
+FILE_ANSWERS: list[tuple[bytes, Any, str]] = [
+    (answer(b"\r\n\x00\xff" * 5000), b"\r\n\x00\xff" * 5000, KEPT),
+    (answer(), b"", KEPT),
+    (raw(IN_CHUNKS, body=chunks(1, 300, content=bytes(1000))), bytes(1000), KEPT),
+    (raw(IN_CHUNKS, body=b"0\r\n\r\n"), b"", KEPT),
+    (raw(body=b"abc"), b"abc", ENDED),
+    (raw(), b"", ENDED),
+    (raw("Content-Length: 999999999999999999", body=b"abc"), lost("content"), ENDED),
+    (raw("Content-Length: 3", body=b"ab"), lost("content"), ENDED),
+    (raw(IN_CHUNKS, body=b"FFFFFFFFFFFFFFF\r\nabc"), lost("content"), ENDED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("drip", [False, True], ids=["whole", "dripped"])
+@pytest.mark.parametrize(("call", "answers"), [(RUN_IT, ANSWERS), (DOWNLOAD, FILE_ANSWERS)], ids=["run", "download"])
+def test_whatever_a_server_says_comes_to_what_it_should(
+    client_of: Clients, call: Call, answers: list[tuple[bytes, Any, str]], drip: bool
+) -> None:
+    def respond(request: Received) -> list[Any]:
+        if "/healthz" in request.line:
+            return [WELL_AND_BYE]
+        pieces = [said[at : at + 1] for at in range(len(said))] if drip else [said]
+        return [*pieces, Do.FIN] if fate == ENDED else pieces
+
+    with Host(respond) as host:
+        client = client_of(host.url, timeout=20, retries=0)
+        for said, expected, fate in answers:
+            if drip and (len(said) > 8192 or fate == EXCESS):
+                continue
+            before = host.connections
+            got = outcome(client, call)
+            assert is_expected(got, expected), (said[:300], got)
+            assert client.health(), said[:300]
+            assert host.connections - before == (1 if fate == KEPT else 2), said[:300]
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+@pytest.mark.parametrize("said", [
+    raw(LENGTH, body=JSON_RUN),
+    raw(status="HTTP/1.1 103 Early Hints") + raw(IN_CHUNKS, body=chunks(7, extension=b";a=b", trailer=b"A: b\r\n")),
+], ids=["sized", "chunked"])  # fmt: skip
+def test_an_answer_cut_off_anywhere_is_no_answer(client_of: Clients, said: bytes, end: Do) -> None:
+    pieces = iter([said[:cut] for cut in range(len(said) + 1)])
+    with Host(lambda request: [WELL] if "/healthz" in request.line else [next(pieces), end]) as host:
+        client = client_of(host.url, timeout=20)
+        for cut in range(len(said)):
+            assert is_expected(outcome(client, RUN_IT), lost(host.authority)), said[:cut]
+        assert client.health()
+        got = outcome(client, RUN_IT)
+        assert got == RESULT or (end is Do.RST and is_expected(got, lost()))
+
+
+def test_an_answer_may_come_in_any_two_pieces(client_of: Clients) -> None:
+    said = raw(status="HTTP/1.1 103 Early Hints") + raw(IN_CHUNKS, body=chunks(7, 1, trailer=b"A: b\r\n"))
+    pairs = iter([[said[:cut], said[cut:]] for cut in range(1, len(said))])
+    with Host(lambda _: next(pairs)) as host:
+        client = client_of(host.url, timeout=20)
+        for _ in range(1, len(said)):
+            assert client.run("image", ["true"]) == RESULT
+    assert host.connections == 1
+
+
+ENDLESS = {
+    "status line": (raw()[:-4], b"x" * 1000, lost("65536")),
+    "field": (raw() [:-2] + b"A: ", b"x" * 1000, lost("65536")),
+    "head": (raw()[:-2], b"A: b\r\n", lost("65536")),
+    "row of interim answers": (b"", raw(status="HTTP/1.1 103 Early Hints"), lost("interim")),
+    "chunk extension": (raw(IN_CHUNKS) + b"5;", b"x" * 1000, lost("chunk")),
+    "chunk size": (raw(IN_CHUNKS), b"0" * 1000, lost("chunk")),
+    "trailer": (raw(IN_CHUNKS) + b"0\r\n", b"A: b\r\n", lost("65536")),
+    "error page": (raw(status="HTTP/1.1 502 Bad Gateway"), b"oops" * 1000, refusal(502, "oops")),
+    "error page in chunks": (raw(IN_CHUNKS, status="HTTP/1.1 502 Bad"), b"5\r\noops!\r\n", refusal(502, "oops")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_endless_answer_comes_to_an_end(client_of: Clients, name: str) -> None:
+    start, more, expected = ENDLESS[name]
+    endless = itertools.chain([start], itertools.repeat(more))
+    with Host(lambda request: [WELL] if "/healthz" in request.line else endless) as host:
+        client = client_of(host.url, timeout=60)
+        got = outcome(client, RUN_IT)
+        assert is_expected(got, expected), got
+        assert len(str(got)) < 3000
+        assert client.health()
+
+
+# TLS for tests
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+def serving(ca: trustme.CA, *names: str, clients: trustme.CA | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(*(names or ("127.0.0.1",))).configure_cert(context)
+    if clients is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        clients.configure_trust(context)
+    return context
+
+
+def trusting(ca: trustme.CA, certificate: trustme.LeafCert | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    if certificate is not None:
+        certificate.configure_cert(context)
+    return context
+
+
+def close_notify(sock: Any) -> None:
+    with contextlib.suppress(OSError):
+        sock.unwrap()
+
+
+# Deadlines
+
+
+def slowly(start: bytes, more: bytes) -> Iterator[bytes]:
+    """Yield bytes one at a time, without end."""
+    pace = threading.Event()
+    for byte in itertools.chain(start, itertools.cycle(more)):
+        yield bytes([byte])
+        pace.wait(0.01)
+
+
+TOO_SLOW: dict[str, tuple[Call, Any]] = {
+    "never answers": (RUN_IT, b""),
+    "never answers a download": (DOWNLOAD, b""),
+    "never answers an upload": (PUT_FILE, b""),
+    "drips a head": (RUN_IT, (b"HTTP/1.1 200 OK\r\n", b"A: b\r\n")),
+    "drips an answer": (RUN_IT, (raw("Content-Length: 999999"), b" ")),
+    "drips chunks": (RUN_IT, (raw(IN_CHUNKS), b"1\r\n \r\n")),
+    "drips a trailer": (RUN_IT, (raw(IN_CHUNKS, body=chunks()[:-2]), b"A: b\r\n")),
+    "drips an error page": (DOWNLOAD, (raw(status="HTTP/1.1 502 Bad Gateway"), b"oops")),
+    "stalls within an answer": (RUN_IT, RAN[:-5]),
+    "stalls within a file": (DOWNLOAD, answer("abc")[:-1]),
+    "stalls after an interim answer": (RUN_IT, raw(status="HTTP/1.1 100 Continue")),
+}
+
+
+@pytest.mark.parametrize("name", TOO_SLOW)
+def test_a_server_that_is_too_slow_is_given_up(client_of: Clients, name: str) -> None:
+    call, said = TOO_SLOW[name]
+    step: Any = slowly(*said) if isinstance(said, tuple) else said
+    with Peer([[Do.REQUEST, step], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, call, timeout=0.2), (BoxerTimeoutError, 0, "0.2 s"))
+        assert client.health()
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("call", [LARGE, BIG_RUN], ids=["upload", "run"])
+def test_a_server_that_does_not_read_is_given_up(client_of: Clients, ca: trustme.CA, call: Call, is_tls: bool) -> None:
+    is_over, context = threading.Event(), serving(ca) if is_tls else None
+    with Peer([[lambda _: is_over.wait(30), Do.DRAIN], [Do.REQUEST, WELL]], context=context) as peer:
+        client = client_of(peer.url, ssl_context=trusting(ca) if is_tls else None)
+        assert is_expected(outcome(client, call, timeout=0.2), (BoxerTimeoutError, 0, "0.2 s"))
+        is_over.set()
+        assert client.health()
+
+
+def test_a_connection_that_is_never_accepted_is_given_up(client_of: Clients) -> None:
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):  # fill its queue
+            sock = sockets.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        client = client_of(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert is_expected(outcome(client, RUN_IT, timeout=0.2), (BoxerTimeoutError, 0, "0.2 s"))
+
+
+ENOUGH = {  # the client's timeout, the call: it may wait for an answer that takes its time
+    "a run has its wall clock on top": (0.1, run(limits={"wall_clock_secs": 60})),
+    "None waits for ever": (None, RUN_IT),
+    "a call has a longer one": (0.1, run(timeout=60)),
+    "a call has none": (0.1, run(timeout=None)),
+}
+
+
+@pytest.mark.parametrize("name", ENOUGH)
+def test_a_timeout_that_is_long_enough_is_kept_to(client_of: Clients, name: str) -> None:
+    timeout, call = ENOUGH[name]
+    with Peer([[Do.REQUEST, lambda _: threading.Event().wait(0.3), RAN]]) as peer:
+        assert do(client_of(peer.url, timeout=timeout), call) == RESULT
+
+
+def test_the_wait_for_a_free_connection_does_not_count(client_of: Clients, clock: Clock) -> None:
+    def respond(request: Received) -> list[Any]:
+        if "first" in request.json["cmd"]:
+            clock.ahead += 1000
+        return [RAN]
+
+    calls: list[Call] = [run("first", timeout=None), run("second", timeout=60)]
+    with Host(respond) as host:
+        assert gather(client_of(host.url, max_connections=1), calls) == [RESULT, RESULT]
+
+
+@pytest.mark.parametrize("call", [LARGE, DOWNLOAD], ids=["upload", "download"])
+def test_what_keeps_moving_outlives_its_timeout(client_of: Clients, clock: Clock, call: Call) -> None:
+    with Host(lambda request: [answer(bytes(64 * MIB)) if call is DOWNLOAD else STORED]) as host:
+        client, start = client_of(host.url, timeout=5), clock.ahead
+        clock.tick = 0.1
+        assert do(client, call) == (bytes(64 * MIB) if call is DOWNLOAD else None)
+        clock.tick = 0
+    assert clock.ahead - start > 10
+
+
+# Answers that come early
+
+
+@pytest.fixture(scope="session")
+def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "large.bin"
+    with open(path, "wb") as file:
+        file.truncate(64 * MIB)
+    return path
+
+
+def refuse_after_100_kib(sock: Any) -> None:
+    left = 100 * 1024
+    while left > 0:
+        left -= len(sock.recv(min(left, 65536)))
+    sock.sendall(failing("413 Request Entity Too Large", "too much", Connection="close"))
+
+
+def uploads(client: Any, path: Path) -> Iterator[Any]:
+    for _ in range(20):
+        yield outcome(client, LARGE)
+        with open(path, "rb") as file:
+            yield outcome(client, upload(file))
+
+
+@pytest.mark.parametrize("end", [Do.RST, Do.FIN, Do.DRAIN])
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_a_413_in_the_middle_of_an_upload_arrives(
+    client_of: Clients, ca: trustme.CA, is_tls: bool, end: Do, large_file: Path
+) -> None:
+    steps: list[Any] = [refuse_after_100_kib, *([close_notify] if is_tls and end is not Do.DRAIN else []), end]
+    with Peer([steps] * 40 + [[Do.REQUEST, WELL]], context=serving(ca) if is_tls else None) as peer:
+        client = client_of(peer.url, ssl_context=trusting(ca) if is_tls else None)
+        for got in uploads(client, large_file):
+            assert is_expected(got, refusal(413, "too much")), got
+        assert client.health()
+
+
+def test_a_413_of_the_stand_in_arrives(client_of: Clients, large_file: Path) -> None:
+    with StandIn(upload_limit=MIB) as server:
+        client = client_of(server.url)
+        for got in uploads(client, large_file):
+            assert is_expected(got, refusal(413)), got
+        assert client.health()
+
+
+# Files that change, and files that fail
+
+
+class Changing(io.FileIO):
+    """A file that is given another size once a part of it was read."""
+
+    new_size = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        content: bytes = super().read(size) or b""
+        if size:
+            os.truncate(self.name, self.new_size)
+        return content
+
+
+class Failing(io.BytesIO):
+    """A file that cannot be read to its end."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size and self.tell() > MIB:
+            raise OSError(5, "the disk is broken")
+        return super().read(size)
+
+
+def all_of_it(sock: Any, into: list[bytes]) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65536):
+            into.append(data)
+
+
+@pytest.mark.parametrize("size", [3 * MIB, 3 * MIB + 1, 2 * MIB - 1, 0])
+def test_a_file_that_changes_its_size_is_never_a_whole_upload(client_of: Clients, size: int, tmp_path: Path) -> None:
+    path, received = tmp_path / "file", list[bytes]()
+    path.write_bytes(bytes(2 * MIB))
+    script: list[list[Any]] = [[lambda sock: all_of_it(sock, received), Do.FIN], [Do.REQUEST, WELL]]
+    with Peer(script) as peer, Changing(path) as file:
+        file.new_size = size
+        client = client_of(peer.url)
+        got = outcome(client, upload(file))
+        assert type(got) is BoxerError and "size" in str(got)
+        assert client.health()
+    head, _, body = b"".join(received).partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: ([0-9]+)", head.lower())
+    assert length is not None and len(body) < int(length[1])
+
+
+def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -> None:
+    with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(OSError, match="the disk is broken"):
+            client.upload_file("a.txt", Failing(bytes(2 * MIB)))
+        assert client.health()
+
+
+# Calls that are broken off
+
+
+@pytest.mark.parametrize("how", ["cancel", "wait_for"])
+def test_a_cancelled_call_closes_its_connection(tidy: None, how: str) -> None:
+    waiting, gone = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with AsyncBoxerClient(peer.url, max_connections=1) as client:
+            call = asyncio.ensure_future(client.run("image", ["true"]))
+            await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
+            if how == "cancel":
+                call.cancel()
+            with pytest.raises(asyncio.CancelledError if how == "cancel" else asyncio.TimeoutError):
+                await asyncio.wait_for(call, 0.01)
+            await asyncio.get_running_loop().run_in_executor(None, gone.wait, 30)
+            assert gone.is_set()
+            assert await client.health()
+
+    first: list[Any] = [Do.REQUEST, lambda _: waiting.set(), Do.GONE, lambda _: gone.set(), Do.FIN]
+    with Peer([first, [Do.REQUEST, WELL]]) as peer:
+        asyncio.run(main())
+
+
+def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none(tidy: None) -> None:
+    waiting, cancelled = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+            first = asyncio.ensure_future(client.run("image", ["true"]))
+            others = [asyncio.ensure_future(client.health()) for _ in range(5)]
+            await loop.run_in_executor(None, waiting.wait, 30)
+            for other in others[:3]:
+                other.cancel()
+            first.cancel()
+            loop.call_soon(others[3].cancel)  # when its turn has come, and before it knows
+            assert await asyncio.wait_for(others[4], 30)
+            assert all(await asyncio.wait_for(asyncio.gather(*[client.health() for _ in range(3)]), 30))
+            assert [call.cancelled() for call in (first, *others)] == [True] * 5 + [False]
+            cancelled.set()
+
+    def respond(request: Received) -> list[Any]:
+        return [waiting.set, lambda: cancelled.wait(30), Do.FIN] if "/run" in request.line else [WELL]
+
+    with Host(respond) as host:
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
+def test_a_call_can_be_cancelled_at_every_step(tidy: None, is_kept: bool) -> None:
+    async def main() -> int:
+        async with AsyncBoxerClient(host.url, max_connections=1, retries=0) as client:
+            for steps in itertools.count():
+                call = asyncio.ensure_future(client.run("image", ["true"]))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                if call.done():
+                    assert call.result() == RESULT
+                    return steps
+                call.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    assert await asyncio.wait_for(call, 30) == RESULT
+                assert await asyncio.wait_for(client.health(), 30)
+        raise AssertionError
+
+    with Host(lambda request: [RAN if "/run" in request.line else WELL if is_kept else WELL_AND_BYE]) as host:
+        assert asyncio.run(main()) > 3
+
+
+@pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
+def test_a_cancelled_run_is_killed(tidy: None) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with AsyncBoxerClient(standin.url) as client:
+            runs = [asyncio.ensure_future(client.run("python:3.12-slim", ["sleep", "29"])) for _ in range(2)]
+            assert await loop.run_in_executor(None, standin.wait_for, lambda: len(standin.runs_live) == 2, 60)
+            runs[0].cancel()
+            assert await loop.run_in_executor(None, standin.wait_for, lambda: standin.runs_killed == 1, 60)
+            assert await client.health()
+        with pytest.raises(BoxerConnectionError):
+            await runs[1]
+        assert await loop.run_in_executor(None, standin.wait_for, lambda: standin.runs_killed == 2, 60)
+
+    with StandIn() as standin:
+        asyncio.run(main())
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
+@pytest.mark.parametrize("call", [RUN_IT, DOWNLOAD, LARGE], ids=["run", "download", "upload"])
+def test_an_interrupted_call_closes_its_connection(tidy: None, call: Call) -> None:
+    def interrupt(_: Any) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    half: list[Any] = [answer("abc")[:-1]] if call is DOWNLOAD else []
+    script = [[Do.HEAD, *half, interrupt, Do.DRAIN], [Do.REQUEST, WELL]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client:
+        with pytest.raises(KeyboardInterrupt):
+            do(client, call)
+        assert client.health()
+
+
+# Closing a client during these: what it was asked before, the calls that go on.
+IN_FLIGHT: dict[str, list[Call]] = {
+    "a run": [RUN_IT],
+    "a download on a kept connection": [GET_HEALTH, DOWNLOAD],
+    "an upload": [LARGE],
+    "calls that wait for a connection": [RUN_IT, RUN_IT, DOWNLOAD],
+}
+
+
+@pytest.mark.parametrize("name", IN_FLIGHT)
+def test_closing_a_client_ends_its_calls_with_a_connection_error(client_of: Clients, name: str) -> None:
+    calls, waiting, is_over = IN_FLIGHT[name], threading.Event(), threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [waiting.set, lambda: is_over.wait(30), Do.FIN]
+
+    def wait(_: Any) -> None:
+        waiting.set()
+        is_over.wait(30)
+
+    peer = Peer([[Do.HEAD, wait, Do.DRAIN]]) if LARGE in calls else Host(respond)
+    with peer:
+        client = client_of(peer.url, max_connections=1)
+        if calls[0] is GET_HEALTH:
+            assert client.health()
+            calls = calls[1:]
+        ended = closed_meanwhile(client, calls, waiting)
+        is_over.set()
+        assert [type(error) for error in ended] == [BoxerConnectionError] * len(calls), ended
+
+
+def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -> list[Any]:
+    """Make calls at once, close the client once the first request has arrived, and return what the calls raise."""
+
+    async def main() -> list[Any]:
+        tasks = [
+            asyncio.ensure_future(getattr(client.client, method)(*args, **kwargs)) for method, args, kwargs in calls
+        ]
+        await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
+        await client.client.aclose()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    if not isinstance(client, BoxerClient):
+        return client.loop.run_until_complete(main())  # type: ignore[no-any-return]
+    with ThreadPoolExecutor(len(calls)) as executor:
+        futures = [executor.submit(do, client, call) for call in calls]
+        waiting.wait(30)
+        client.close()
+        return [future.exception() for future in futures]
+
+
+# Forks and loops
+
+
+FORKING = """
+import os, sys
+from boxer import BoxerClient
+with BoxerClient() as client:
+    assert client.health()
+    child = os.fork()
+    if not child:
+        os._exit(0 if client.download_file("child") == b"child" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert client.download_file("parent") == b"parent"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_does_not_use_its_parents_connection(tidy: None) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, answer("parent")], [Do.REQUEST, answer("child")]]) as peer:
+        environment = {**os.environ, "BOXER_URL": peer.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        subprocess.run([sys.executable, "-W", "error", "-c", FORKING], env=environment, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row of calls", "two rows of calls"])
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_client_may_be_used_in_one_event_loop_after_another(tidy: None, at_once: int, rows: int) -> None:
+    async def main() -> None:
+        for _ in range(rows):
+            assert all(await asyncio.gather(*[client.health() for _ in range(at_once)]))
+            with contextlib.suppress(BoxerAPIError):
+                await client.run("image", ["true"])  # which costs the connection
+
+    refused = failing("400 Bad Request", Connection="close")
+    with Host(lambda request: [refused if "/run" in request.line else WELL]) as host:
+        client = AsyncBoxerClient(host.url)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                asyncio.run(main())
+                gc.collect()
+            asyncio.run(client.aclose())
+            gc.collect()
+        assert [str(warning.message) for warning in caught] == []
+
+
+# TLS
+
+
+def test_every_call_works_over_tls(client_of: Clients, ca: trustme.CA) -> None:
+    content, seen = os.urandom(8 * MIB), {}
+
+    def respond(request: Received) -> list[bytes]:
+        seen[request.line] = request
+        return [answer(content) if "GET" in request.line else RAN if "/run" in request.line else STORED]
+
+    with Host(respond, context=serving(ca)) as host:
+        client = client_of(host.url, ssl_context=trusting(ca))
+        for source in (content, io.BytesIO(content), Unseekable(content)):
+            client.upload_file("a.txt", source)
+            assert content in seen["POST /files HTTP/1.1"].content
+        assert do(client, BIG_RUN) == RESULT
+        assert seen["POST /run HTTP/1.1"].json["env"] == ["BIG=" + "x" * 8 * MIB]
+        assert client.download_file("a.txt") == content
+        assert gather(client, [DOWNLOAD] * 4) == [content] * 4
+    assert host.connections <= 5
+
+
+def test_a_client_may_have_a_certificate(client_of: Clients, ca: trustme.CA) -> None:
+    private = trustme.CA()
+    context = serving(ca, clients=private)
+    with Host(lambda _: [RAN], context=context) as host:
+        with_one = client_of(host.url, ssl_context=trusting(ca, private.issue_cert("client@boxer.test")))
+        assert with_one.run("image", ["true"]) == RESULT
+    with Peer([[]], context=context) as peer:
+        without = client_of(peer.url, ssl_context=trusting(ca), retries=0)
+        assert is_expected(outcome(without, RUN_IT), lost(peer.authority))
+
+
+def self_signed(ca: trustme.CA, folder: Path) -> ssl.SSLContext:
+    (folder / "pem").write_bytes(ca.private_key_pem.bytes() + ca.cert_pem.bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "pem")
+    return context
+
+
+@pytest.mark.parametrize("name", ["wrong host", "unknown CA", "no ssl_context", "self-signed"])
+def test_a_certificate_that_does_not_hold_is_refused_and_not_tried_again(
+    client_of: Clients, clock: Clock, ca: trustme.CA, name: str, tmp_path: Path
+) -> None:
+    context = self_signed(trustme.CA(), tmp_path) if name == "self-signed" else None
+    context = context or serving(ca, "boxer.test" if name == "wrong host" else "127.0.0.1")
+    trusted = {"no ssl_context": None, "unknown CA": trusting(trustme.CA())}.get(name, trusting(ca))
+    with Peer([[]], context=context) as peer:
+        error = outcome(client_of(peer.url, ssl_context=trusted), RUN_IT)
+        assert is_expected(error, lost(peer.authority)) and not error.request_sent
+        assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    assert clock.pauses == []
+
+
+def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
+    for said in (failing("400 Bad Request"), b"", b"\x16\x03\x01"):
+        with Peer([[said, Do.HALF_CLOSE, Do.DRAIN]]) as peer:
+            client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
+            error = outcome(client, RUN_IT)
+            assert is_expected(error, lost(peer.authority)) and not error.request_sent
+    with Peer([[Do.DRAIN]]) as peer:
+        client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), timeout=0.2)
+        assert is_expected(outcome(client, RUN_IT), (BoxerTimeoutError, 0, "0.2 s"))
+    with Peer([[]], context=serving(ca)) as peer:
+        error = outcome(client_of(peer.url.replace("https:", "http:"), retries=0), RUN_IT)
+        assert is_expected(error, lost(peer.authority))
+
+
+def no_record(sock: Any) -> None:
+    socket.socket.sendall(sock, b"not TLS")
+
+
+@pytest.mark.parametrize("end", [[Do.FIN], [Do.RST], [no_record, Do.FIN]], ids=["FIN", "RST", "garbage"])
+def test_content_that_ends_with_a_tls_connection_needs_a_proper_end(
+    client_of: Clients, ca: trustme.CA, end: list[Any]
+) -> None:
+    said, context = raw(body=b"abc"), serving(ca)
+    with Peer([[Do.REQUEST, said, close_notify, Do.FIN], [Do.REQUEST, said, *end]], context=context) as peer:
+        client = client_of(peer.url, ssl_context=trusting(ca), retries=0)
+        assert client.download_file("a.txt") == b"abc"
+        assert is_expected(outcome(client, DOWNLOAD), lost("content"))
+
+
+# Proxies
+
+
+@pytest.fixture
+def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Begin without a proxy in the environment, and let every name below .test be this machine's."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "REQUEST_METHOD"]:
+        monkeypatch.delenv(name)
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        return look_up("127.0.0.1" if name.endswith(".test") else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return monkeypatch.setenv
+
+
+def basic_credentials(pair: str) -> str:
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+
+def test_http_goes_through_a_proxy(client_of: Clients, setenv: Any) -> None:
+    with Peer.answering(RAN, answer("abc")) as proxy:
+        setenv("http_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
+        client = client_of("http://ann:secret@boxer.test:8080/api")
+        assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
+    run, download = proxy.requests[0]
+    assert run.line == "POST http://boxer.test:8080/api/run HTTP/1.1"
+    assert download.line == "GET http://boxer.test:8080/api/files?path=a%20b HTTP/1.1"
+    assert run.fields["host"] == "boxer.test:8080"
+    assert run.fields["proxy-authorization"] == basic_credentials("joe:p@ss")
+    assert run.fields["authorization"] == basic_credentials("ann:secret")
+
+
+ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+def tunnel(inside: ssl.SSLContext, seen: list[Received], *answers: bytes) -> Callable[[Any], None]:
+    """Return a step that answers requests over TLS inside a tunnel."""
+
+    def serve(sock: Any) -> None:
+        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
+            for what in answers:
+                seen.append(_received(reader, with_body=True))
+                tls.sendall(what)
+            with contextlib.suppress(ConnectionError):
+                assert reader.read() == b""
+
+    return serve
+
+
+def test_https_goes_through_a_tunnel(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
+    seen: list[Received] = []
+    inside = tunnel(serving(ca, "boxer.test"), seen, RAN, answer("abc"))
+    with Peer([[Do.HEAD, ESTABLISHED, inside, Do.FIN]]) as proxy:
+        setenv("https_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
+        with client_of("https://ann:secret@boxer.test/api", ssl_context=trusting(ca)) as client:
+            assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
+    (connect,) = proxy.requests[0]
+    assert connect.line == "CONNECT boxer.test:443 HTTP/1.1" and connect.fields["host"] == "boxer.test:443"
+    assert (
+        connect.fields["proxy-authorization"] == basic_credentials("joe:p@ss") and "authorization" not in connect.fields
+    )
+    assert [request.line for request in seen] == ["POST /api/run HTTP/1.1", "GET /api/files?path=a%20b HTTP/1.1"]
+    for request in seen:
+        assert (
+            request.fields["authorization"] == basic_credentials("ann:secret")
+            and "proxy-authorization" not in request.fields
+        )
+
+
+DENIED = answer("Who are you?", "407 Proxy Authentication Required")
+# What a proxy does when it is asked for a tunnel, and what comes of it.
+TUNNELS: list[tuple[list[Any], Any]] = [
+    ([Do.HEAD, DENIED], refusal(407, "Who are you?")),
+    ([Do.HEAD, DENIED, Do.FIN], refusal(407, "Who are you?")),
+    ([Do.HEAD, answer("x" * MIB, "502 Bad Gateway"), Do.DRAIN], refusal(502, "xxx")),
+    ([Do.HEAD, Do.FIN], lost()),
+    ([Do.HEAD, Do.RST], lost()),
+    ([Do.HEAD, ESTABLISHED[:-1], Do.FIN], lost()),
+    ([Do.HEAD, b"garbage"], lost("HTTP")),
+    ([Do.HEAD, ESTABLISHED + RAN, Do.DRAIN], lost()),
+    ([Do.HEAD, ESTABLISHED, Do.FIN], lost()),
+    ([Do.HEAD], (BoxerTimeoutError, 0, "0.5 s")),
+    ([Do.HEAD, ESTABLISHED, Do.DRAIN], (BoxerTimeoutError, 0, "0.5 s")),
+]
+
+
+@pytest.mark.parametrize(("steps", "expected"), TUNNELS)
+def test_a_tunnel_that_cannot_be_had(
+    client_of: Clients, setenv: Any, ca: trustme.CA, steps: list[Any], expected: Any
+) -> None:
+    with Peer([steps]) as proxy:
+        setenv("https_proxy", f"http://joe:secret@127.0.0.1:{proxy.port}")
+        timeout = 0.5 if expected[0] is BoxerTimeoutError else 30
+        got = outcome(client_of("https://boxer.test", ssl_context=trusting(ca), retries=0, timeout=timeout), RUN_IT)
+        assert is_expected(got, expected), got
+        assert not getattr(got, "request_sent", False) and "secret" not in str(got)
+
+
+def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> None:
+    with Peer([[Do.REQUEST, DENIED], [Do.REQUEST, Do.FIN]]) as proxy:
+        setenv("HTTP_PROXY", f"127.0.0.1:{proxy.port}")
+        with client_of("http://boxer.test", retries=0) as client:
+            assert is_expected(outcome(client, RUN_IT), refusal(407, "Who are you?"))
+        assert is_expected(outcome(client_of("http://boxer.test", retries=0), RUN_IT), lost(proxy.authority))
+    error = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
+    assert is_expected(error, lost(proxy.authority)) and not error.request_sent
+
+
+NO_PROXY = {  # whether a request for boxer.test goes straight there
+    "": False, "boxer.test": True, "BOXER.test": True, "test": True, ".test": True, "*": True, "a, boxer.test": True,
+    "other.test": False, "xer.test": False, "<host and port>": True, "boxer.test:1": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_PROXY)
+def test_no_proxy_names_what_goes_straight(client_of: Clients, setenv: Any, value: str) -> None:
+    with Host(lambda _: [RAN]) as straight, Host(lambda _: [RAN]) as proxy:
+        setenv("http_proxy", proxy.url)
+        setenv("no_proxy", value.replace("<host and port>", f"boxer.test:{straight.port}"))
+        assert client_of(f"http://boxer.test:{straight.port}").run("image", ["true"]) == RESULT
+    assert (straight.connections, proxy.connections) == ((1, 0) if NO_PROXY[value] else (0, 1))
+
+
+def test_a_cgi_programs_proxy_header_is_no_proxy(client_of: Clients, setenv: Any) -> None:
+    setenv("HTTP_PROXY", refused_url())
+    setenv("REQUEST_METHOD", "GET")
+    with Peer.answering(RAN) as peer:
+        assert client_of(f"http://boxer.test:{peer.port}").run("image", ["true"]) == RESULT
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"])
+def test_loopback_never_goes_through_a_proxy(client_of: Clients, setenv: Any, host: str) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        setenv(name, refused_url())
+    with Peer([[Do.REQUEST, RAN]], host="::1" if ":" in host else "127.0.0.1") as peer:
+        assert client_of(f"http://{host}:{peer.port}").run("image", ["true"]) == RESULT
+
+
+# Handlers of urllib's
+
+
+def md5(*parts: str) -> str:
+    return hashlib.md5(":".join(parts).encode()).hexdigest()  # as RFC 7616 has it
+
+
+def challenge(request: Received) -> list[bytes]:
+    """Answer a request that shows by a digest that it knows the password, and challenge any other."""
+    told = dict(re.findall(r'(\w+)="?([^",]*)', request.fields.get("authorization", "")))
+    if told:
+        method, target, _ = request.line.split(" ")
+        ours = (told["nonce"], told["nc"], told["cnonce"], "auth", md5(method, target))
+        if told["response"] == md5(md5("joe", "boxer", "secret"), *ours):
+            return [RAN if target == "/run" else answer("abc") if method == "GET" else STORED]
+    fields = {"WWW_Authenticate": 'Digest realm="boxer", nonce="n0", qop="auth", algorithm=MD5'}
+    return [failing("401 Unauthorized", "who are you?", **fields)]
+
+
+def digest(url: str, password: str = "secret") -> urllib.request.BaseHandler:
+    passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    passwords.add_password(None, url, "joe", password)
+    return urllib.request.HTTPDigestAuthHandler(passwords)
+
+
+def test_a_handler_answers_a_challenge(tidy: None) -> None:
+    with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
+        assert client.run("image", ["true"]) == RESULT
+        assert client.download_file("a.txt") == b"abc"
+        client.upload_file("a.txt", b"content")
+        client.upload_file("b.txt", io.BytesIO(b"content"))
+        assert [b"content" in request.body for request in host.seen if "/files HTTP" in request.line] == [True] * 4
+    assert host.connections == 1
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_challenge_that_is_not_answered_is_an_error(tidy: None, wrong: bool) -> None:
+    with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url, "no")] if wrong else []) as client:
+        for _ in range(2):
+            got = outcome(client, RUN_IT)
+            assert type(got) is BoxerAPIError and got.status_code == 401
+
+
+def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge(tidy: None) -> None:
+    with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
+        got = outcome(client, upload(Unseekable(b"content")))
+        assert isinstance(got, BoxerError)
+    assert [b"content" in request.content for request in host.seen] == [True]
+
+
+@pytest.mark.parametrize("handlers", [[], [urllib.request.HTTPCookieProcessor]], ids=["without", "with"])
+def test_cookies_are_kept_by_a_handler_alone(client_of: Clients, handlers: list[Any]) -> None:
+    with Host(lambda _: [answer({"ok": True}, Set_Cookie="a=b")]) as host:
+        settings = {"handlers": [kind() for kind in handlers]} if handlers and client_of.kind == "sync" else {}
+        client = client_of(host.url, **settings)
+        assert client.health() and client.health()
+    cookies = [request.fields.get("cookie") for request in host.seen]
+    assert cookies == [None, "a=b" if settings else None]
+
+
+class Raising(urllib.request.BaseHandler):
+    handler_order = 1  # before the one that sends
+
+    def __init__(self, error: Callable[[str], Exception]) -> None:
+        self.error = error
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        raise self.error(request.full_url)
+
+
+def teapot(content: bytes | None) -> Callable[[str], Exception]:
+    body = None if content is None else io.BytesIO(content)
+    return lambda url: urllib.error.HTTPError(url, 418, "Teapot", email.message.Message(), body)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (lambda _: urllib.error.URLError("out of reach"), lost("out of reach")),
+        (teapot(b"short and stout"), refusal(418, "418 Teapot: short and stout")),
+        (teapot(b'{"error": "no tea"}'), refusal(418, "no tea")),
+        (teapot(b""), refusal(418, "418 Teapot")),
+        (teapot(None), refusal(418, "418 Teapot")),
+    ],
+)
+def test_what_a_handler_raises_is_one_of_our_errors(tidy: None, error: Any, expected: Any) -> None:
+    with BoxerClient("http://127.0.0.1:9", handlers=[Raising(error)], retries=0) as client:
+        got = outcome(client, RUN_IT)
+        assert is_expected(got, expected), got
+
+
+# Secrets
+
+
+LEAKS: dict[str, list[Any]] = {
+    "an error": [Do.REQUEST, failing(BROKEN), Do.REQUEST, failing(BROKEN)],
+    "a redirect": [Do.REQUEST, failing("302 Found", Location="http://a/")],
+    "a malformed answer": [Do.REQUEST, b"HTTP/1.1 200 OK\n\n", Do.DRAIN],
+    "a lost connection": [Do.REQUEST, Do.RST],
+    "no answer": [Do.REQUEST],
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+def test_secrets_are_never_shown(
+    client_of: Clients, clock: Clock, setenv: Any, caplog: pytest.LogCaptureFixture, name: str, is_proxied: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with Peer([LEAKS[name]]) as peer:
+        setenv("http_proxy", peer.url.replace("//", "//joe:hunter2@"))
+        url = peer.url.replace("127.0.0.1", "boxer.test" if is_proxied else "127.0.0.1").replace("//", "//ann:hunter2@")
+        client = client_of(url, headers={"X-Token": "hunter2"}, retries=1, timeout=0.5 if name == "no answer" else 30)
+        error = outcome(client, run(env={"KEY": "hunter2"}))
+        assert isinstance(error, BoxerError) and "hunter2" not in all_text(error)
+        assert not [text for text in (repr(client), str(client), caplog.text) if "hunter2" in text]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rarer cases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_this_machine_has_what_its_owner_says_it_has() -> None:
+    """Where BOXER_TEST_REQUIRE names a sandbox, none other will do: an automated run must not pass without."""
+    assert os.environ.get("BOXER_TEST_REQUIRE", WHERE) == WHERE
+
+
+def test_an_answer_to_a_run_is_not_taken_in_without_bounds(client_of: Clients) -> None:
+    mebibyte = b"100000\r\n" + b" " * MIB + b"\r\n"
+    endless: list[Any] = [answer(None, Transfer_Encoding="chunked"), (mebibyte for _ in iter(int, 1)), Do.DRAIN]
+    with Peer([[Do.REQUEST, *endless], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 200, "256 MiB"))
+        assert client.health()
+
+
+@pytest.mark.parametrize("proxy", ["https://proxy.test:3128", "socks5://proxy.test:1080", "http://", "http://a b"])
+def test_a_proxy_that_is_not_spoken_to_in_plain_http_is_refused(client_of: Clients, setenv: Any, proxy: str) -> None:
+    setenv("http_proxy", proxy)
+    with pytest.raises(BoxerValidationError, match="proxy"):
+        client_of("http://boxer.test")
+
+
+class Adding(urllib.request.BaseHandler):
+    """A user's handler that adds a field to each request."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        request.add_unredirected_header("X-Added", self.value)
+        return request
+
+
+def test_a_handler_may_add_a_field_but_not_a_line(tidy: None) -> None:
+    with Peer.answering(WELL) as peer, BoxerClient(peer.url, handlers=[Adding("yes")]) as client:
+        assert client.health()
+        assert peer.request.fields["x-added"] == "yes"
+    wrong = Adding("yes\r\nX-Other: no")
+    with Peer([]) as peer, BoxerClient(peer.url, handlers=[wrong]) as client, pytest.raises(BoxerValidationError):
+        client.health()
+
+
+def test_a_handler_that_follows_redirects_is_refused(tidy: None) -> None:
+    with pytest.raises(BoxerValidationError, match="redirects are not followed"):
+        BoxerClient(handlers=[urllib.request.HTTPRedirectHandler()])
+
+
+def test_a_tunnel_may_need_no_credentials(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
+    seen: list[Received] = []
+    opened = answer(None, "200 Connection established")
+    with Peer([[Do.REQUEST, opened, tunnel(serving(ca, "boxer.test"), seen, RAN)]]) as proxy:
+        setenv("https_proxy", proxy.url)
+        client = client_of("https://boxer.test", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+        client.close()
+    assert "proxy-authorization" not in {**proxy.request.fields, **seen[0].fields}
+
+
+def test_a_connection_that_is_idle_behind_a_busy_one_is_closed(client_of: Clients, clock: Clock) -> None:
+    both = threading.Barrier(2)
+
+    def respond(request: Received) -> list[Any]:
+        return [both.wait if "/run" in request.line else bytes, RAN if "/run" in request.line else WELL]
+
+    with Host(respond) as host:
+        client = client_of(host.url)
+        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
+        for _ in range(4):
+            clock.ahead += 3
+            assert client.health()
+        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
+    assert host.connections == 3
+
+
+def test_a_name_nobody_knows_is_a_connection_error(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    got = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
+    assert is_expected(got, lost("boxer.test:80: no connection could be made")) and not got.request_sent
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Any:
+    """Leave this process without a descriptor to open."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 8, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_running_out_of_descriptors_is_a_connection_error(client_of: Clients) -> None:
+    client = client_of("http://127.0.0.1:9")
+    with no_more_descriptors():
+        got = outcome(client, GET_HEALTH)
+    assert is_expected(got, lost("127.0.0.1:9: no connection could be made")) and not got.request_sent
+    assert isinstance(got.__cause__, OSError) and got.__cause__.errno == errno.EMFILE
+
+
+class Waiting(Unseekable):
+    """Content that cannot be read before something has happened."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__(b"content")
+        self.event = event
+
+    def read(self, size: int = -1) -> bytes:
+        assert size == 0 or self.event.wait(30)
+        return super().read(size)
+
+
+def test_a_flood_does_not_pile_up_while_a_file_is_read(client_of: Clients) -> None:
+    is_blocked = threading.Event()
+
+    def flood(sock: Any) -> None:
+        sock.setblocking(False)
+        sent = 0
+        with contextlib.suppress(ConnectionError):  # the blocking client may see the answer before it reads the file
+            while select.select([], [sock], [], 1)[1]:
+                sent += sock.send(bytes(MIB))
+                assert sent < 64 * MIB, "the client takes whatever comes"
+        is_blocked.set()
+
+    said = answer(None, "413 Too Large", Content_Length=str(1 << 40))
+    with Peer([[Do.HEAD, said, flood, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, ("upload_file", ("a.txt", Waiting(is_blocked)), {})), refusal(413))
+        assert client.health()
+
+
+def test_a_close_that_is_cancelled_closes_all_the_same(tidy: None) -> None:
+    async def main() -> None:
+        client = AsyncBoxerClient(host.url)
+        assert await client.health()
+        closing = asyncio.ensure_future(client.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.health()
+        await client.aclose()
+
+    with Host(lambda _: [WELL]) as host:
+        asyncio.run(main())
+
+
+def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used(tidy: None) -> None:
+    both = threading.Barrier(2)
+
+    async def main() -> None:
+        async with AsyncBoxerClient(peer.url) as client:
+            await asyncio.gather(*[client.run("image", ["true"]) for _ in range(2)])
+            await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0)  # the loop goes round
+            for _ in range(2):
+                assert await client.health()
+
+    ending: list[Any] = [Do.REQUEST, lambda _: both.wait(), RAN, Do.HALF_CLOSE]
+    with Peer([ending, ending, [Do.REQUEST, WELL, Do.REQUEST, WELL]]) as peer:
+        asyncio.run(main())
+
+
+def test_a_client_that_is_closed_during_a_pause_ends_its_call(tidy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Host(lambda _: [failing("503 Service Unavailable")]) as host:
+        client = BoxerClient(host.url)
+        monkeypatch.setattr(time, "sleep", lambda _: client.close())
+        assert is_expected(outcome(client, RUN_IT), lost("the client was closed"))
+    assert host.connections == 1
+
+
+def test_a_loop_that_was_closed_under_a_client_is_left_behind(tidy: None) -> None:
+    with Host(lambda _: [WELL]) as host, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
+        client = AsyncBoxerClient(host.url)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(client.health())
+        loop.close()
+
+        async def main() -> None:
+            assert await client.health()
+            await client.aclose()
+
+        asyncio.run(main())
+        gc.collect()
+    assert host.connections == 2
+
+
+def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next(tidy: None) -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+
+            async def first() -> None:
+                assert await client.health()
+                second.cancel()  # it has its turn now, and has not run yet
+
+            third: Any
+            leading = asyncio.ensure_future(first())
+            await asyncio.sleep(0)
+            second, third = (asyncio.ensure_future(client.health()) for _ in range(2))
+            await leading
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert await third
+            assert await client.health()
+
+    with Host(lambda _: [WELL]) as host:
+        asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README: what it shows is run, and what it lists is compared with what there is
+# ---------------------------------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[Any]:
+    """Give the README's code blocks of a language, each by the title it stands under."""
+    pattern = rf"^#+ (?P<title>[^\n]+)|^```{language}\n(?P<block>.*?)^```$|^```.*?^```$"
+    title, found = "", []
+    for match in re.finditer(pattern, README, re.DOTALL | re.MULTILINE):
+        title = match["title"] or title
+        if match["block"] is not None:
+            found.append(pytest.param(match["block"], id=title))
+    return found
+
+
+def section(title: str) -> str:
+    """Give what stands under a heading of the second level."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def first_column(text: str) -> list[str]:
+    """Give what stands in backquotes at the start of each row of a table."""
+    return re.findall(r"^\| `(\w+)", text, re.MULTILINE)
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("code", blocks("python"))
+def test_an_example_of_the_readme_prints_what_it_says(server: Any, code: str, tmp_path: Path) -> None:
+    for name in ("node", "perl"):
+        if f'"{name}"' in code and not REAL_URL and not shutil.which(name, path=SANDBOX_PATH):
+            pytest.skip(f"{name} is not installed on this machine")
+    # Beside a copy of the client, and without any installed package, as the README promises.
+    shutil.copy(inspect.getfile(boxer), tmp_path)
+    (tmp_path / "example.py").write_text(code.replace("http://localhost:8080", server.url), "utf-8")
+    program = [sys.executable, "-E", "-S", "-W", "error", "example.py"]
+    environment = {**os.environ, "BOXER_URL": server.url}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    expected = "".join(f"{line}\n" for line in re.findall(r"# prints: (.*)$", code, re.MULTILINE))
+    assert re.fullmatch(re.escape(expected).replace("…", ".+"), done.stdout), done.stdout
+
+
+def command(subcommand: str) -> list[str]:
+    """Give the README's command line of test_boxer.py, for this Python without any installed package."""
+    lines = [line for block in blocks("sh") for line in block.values[0].splitlines()]
+    program, *arguments = next(line for line in lines if line.endswith(f"test_boxer.py {subcommand}")).split()
+    assert program == "python3"
+    return [sys.executable, "-E", "-S", "-W", "error", *arguments]
+
+
+def test_the_demo_of_the_readme_needs_no_package() -> None:
+    done = subprocess.run(command("demo"), cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Programs run in: " in done.stdout and "Hello from Python" in done.stdout
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_the_stand_in_of_the_readme_says_where_it_is_and_serves_until_it_is_interrupted() -> None:
+    with subprocess.Popen(command("serve"), cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            url = re.fullmatch(r"export BOXER_URL=(.+)\n", process.stdout.readline())
+            assert url
+            with boxer.BoxerClient(url[1]) as client:
+                assert client.health()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+
+
+def test_the_readme_lists_every_error() -> None:
+    errors = [name for name in boxer.__all__ if name.endswith("Error")]
+    assert sorted(first_column(section("Errors"))) == errors
+
+
+def test_the_readme_lists_every_setting_and_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section("Settings"), re.MULTILINE)
+    settings = inspect.signature(boxer.BoxerClient).parameters.values()
+    assert rows == [(setting.name, repr(setting.default)) for setting in settings]
+
+
+def test_the_readme_lists_every_method() -> None:
+    methods = {name for name, _ in inspect.getmembers(boxer.BoxerClient, inspect.isfunction) if name[0] != "_"}
+    assert set(first_column(section("Methods"))) == methods
