@@ -1122,8 +1122,6 @@ def _decoded_length(value: str) -> int:
 
 
 _TLS_RECORD = 16 * 1024  # the most that one record can hold
-
-
 _Move = Callable[[Union[bytes, memoryview, None]], Awaitable[Union[bytes, None]]]  # see _Connection.move
 
 
@@ -1250,6 +1248,7 @@ class _Connection:
             fields["Proxy-authorization"] = route.authorization
         decoder = _Decoder("CONNECT", _ERROR_LIMIT)
         await self._converse(_encoded_head("CONNECT", authority, fields), b"", decoder, self.move)
+        self.call.is_moving = False
         if decoder.response is not None and not decoder.response.is_success:
             return decoder.response
         if decoder.has_excess:

@@ -4716,7 +4716,7 @@ def test_a_handler_that_follows_redirects_is_refused(tidy: None) -> None:
 def test_a_tunnel_may_need_no_credentials(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
     seen: list[Received] = []
     opened = answer(None, "200 Connection established")
-    with Peer([[Do.REQUEST, opened, tunnel(serving(ca, "boxer.test"), seen, RAN)]]) as proxy:
+    with Peer([[Do.REQUEST, opened, tunnel(serving(ca, "boxer.test"), seen, RAN), Do.FIN]]) as proxy:
         setenv("https_proxy", proxy.url)
         client = client_of("https://boxer.test", ssl_context=trusting(ca))
         assert client.run("image", ["true"]) == RESULT
