@@ -3628,8 +3628,8 @@ def test_pauses_grow_and_no_two_are_the_same(client_of: Clients, clock: Clock) -
     assert all(0.1 < pause < 10 for pause in clock.pauses) and len(set(clock.pauses)) == 15
 
 
-RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, and has no fractions
-    "7": (7, 7.5), "date": (8, 9.5),
+RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, less what a busy machine takes to get there
+    "7": (7, 7.5), "date": (3, 9.5),
     **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00"],
                     (0.01, 2)),
 }  # fmt: skip
@@ -4292,10 +4292,12 @@ with BoxerClient() as client:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_does_not_use_its_parents_connection(tidy: None) -> None:
+def test_a_forked_child_does_not_use_its_parents_connection(tidy: None, tmp_path: Path) -> None:
     with Peer([[Do.REQUEST, WELL, Do.REQUEST, answer("parent")], [Do.REQUEST, answer("child")]]) as peer:
         environment = {**os.environ, "BOXER_URL": peer.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
-        subprocess.run([sys.executable, "-W", "error", "-c", FORKING], env=environment, check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", FORKING], cwd=tmp_path, env=environment, check=True, timeout=60
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of calls", "two rows of calls"])
