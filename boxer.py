@@ -239,7 +239,7 @@ class RunResult:
 
     exec_id: the name of the run, under which a run with `persist` keeps its outputs.
     exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why).
-    stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong into /output.
+    stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong in /output.
     wall_ms: milliseconds from the start of the sandbox to its end.
     """
 
@@ -1208,7 +1208,7 @@ class _Tls:
 
 
 class _Connection:
-    """A connection, but for the moving of bytes: what is said over it, and what became of it."""
+    """What is said over a connection, and what became of it; how bytes move is for each client to say."""
 
     call: _Call  # whose request is being exchanged
     is_blocked = False  # what was to be sent is not, since the peer does not take it
@@ -1469,7 +1469,7 @@ class _Pool(Generic[_C]):
 
 
 class _Client:
-    """The settings of a client, and what both kinds make of them."""
+    """What both clients have: their settings, and the tries of a call."""
 
     def __init__(
         self,
@@ -1935,7 +1935,7 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
     """A connection over an asyncio transport.
 
     A transport and not a StreamReader: that would copy everything once more and cost as much again as all the rest, and
-    it cannot say what came before a reset. TLS is in the steps, since transports do not tell a connection that was
+    it cannot say what came before a reset. TLS is left to _Tls, since transports do not tell a connection that was
     cut off from one that was closed, and cannot begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
     """
 
