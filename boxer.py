@@ -18,6 +18,7 @@ The sections, each of which knows only what stands above it:
     Responses      an interpreter for each endpoint: a value or the right error
     Policy         base URL, proxy, deadline, and what may be sent again
     Wire           HTTP/1.1 and TLS as state machines over bytes, without I/O
+    Both clients   a pool of connections, and the tries of a call
     Sync client    a urllib opener whose handler moves the bytes over sockets
     Async client   the same over an asyncio transport
 
@@ -1934,9 +1935,9 @@ def _for_each(function: Callable[[_T], None], items: Sequence[_T], calls: list[_
 class _AsyncConnection(_Connection, asyncio.Protocol):
     """A connection over an asyncio transport.
 
-    A transport and not a StreamReader: that would copy everything once more and cost as much again as all the rest, and
-    it cannot say what came before a reset. TLS is left to _Tls, since transports do not tell a connection that was
-    cut off from one that was closed, and cannot begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
+    A transport and not a StreamReader: that would copy everything once more, and cannot say what came before a reset.
+    TLS is left to _Tls, since transports do not tell a connection that was cut off from one that was closed, and cannot
+    begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
