@@ -1144,7 +1144,7 @@ class _Tls:
             with contextlib.suppress(ssl.SSLWantReadError):
                 self._object.do_handshake()
                 is_done = True
-            received = await self._flush()
+            received = await self._move(self._outgoing.read()) if self._outgoing.pending else None
             if received is None and not is_done:
                 received = await self._move(None)
             if received is not None:
@@ -1203,9 +1203,6 @@ class _Tls:
                 break
             at = end
         self._partial = data[at:]
-
-    async def _flush(self) -> bytes | None:
-        return await self._move(self._outgoing.read()) if self._outgoing.pending else None
 
 
 class _Connection:
