@@ -632,6 +632,8 @@ def _json_object(response: _Response) -> dict[str, Any]:
 
 
 def _decoded_json_object(content: bytes) -> dict[str, Any]:
+    if len(content) > _JSON_SHAPE_LIMIT:
+        _check_shape(content)
     try:
         value = _JSON_DECODER.decode(content.decode("utf-8"))
     except RecursionError:
@@ -639,6 +641,22 @@ def _decoded_json_object(content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}")
     return value
+
+
+def _check_shape(content: bytes) -> None:
+    """Refuse much JSON outside of strings: empty lists, say, take thirty times their size in memory once decoded."""
+    content = content.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # what is escaped ends no string
+    outside = at = 0
+    while outside <= _JSON_SHAPE_LIMIT and at < len(content):
+        begin = content.find(b'"', at)
+        end = content.find(b'"', begin + 1) if begin >= 0 else -1
+        outside += (begin if end >= 0 else len(content)) + 1 - at
+        at = end + 1 or len(content)
+    if outside > _JSON_SHAPE_LIMIT:
+        raise ValueError("there is too much of it beside text")
+
+
+_JSON_SHAPE_LIMIT = 1024 * 1024  # bytes outside of strings
 
 
 def _json_integer(digits: str) -> int:
@@ -845,11 +863,15 @@ class _Call:
         self._retries = 0 if sent_once else default_retries if retries is None else retries
         self._race_tries = _RACE_TRIES if request.is_run and not request.has_network and self._retries else 0
         self._tries = 0
-        self.abort: Callable[[], None] | None = None  # breaks off the try that is going on
+        self.abort: Callable[[], Any] | None = None  # breaks off what is going on
 
     def cancel(self) -> None:
         """End the call from another thread."""
         self.timeout = self._end = -math.inf
+        self.break_off()
+
+    def break_off(self) -> None:
+        """End what the call is at."""
         abort = self.abort  # another thread may be about to set it to None
         if abort is not None:
             abort()
@@ -880,7 +902,7 @@ class _Call:
 
     def goes_once_more(self, error: BoxerConnectionError) -> bool:
         """Decide whether a request goes out again, silently, because the kept connection it was sent on was dead."""
-        return self._can_be_sent and (not error.request_sent or self.request.method == "GET")
+        return self._can_be_sent and self._is_harmless(error)
 
     def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
         """Decide what follows a try: another one after so many seconds, or (None) nothing."""
@@ -904,13 +926,15 @@ class _Call:
 
     def _may_be_tried_again(self, outcome: _Response | BoxerConnectionError) -> bool:
         if isinstance(outcome, BoxerConnectionError):
-            if isinstance(outcome.__cause__, ssl.SSLCertVerificationError):
-                return False
-            return not outcome.request_sent or self.request.method == "GET"
+            return self._is_harmless(outcome) and not isinstance(outcome.__cause__, ssl.SSLCertVerificationError)
         if outcome.code == 500:
             error = _server_error(outcome)
             return error is not None and not error.startswith(_LASTING)
         return outcome.code in (429, 503)
+
+    def _is_harmless(self, error: BoxerConnectionError) -> bool:
+        """Tell whether a request can be sent again after an error: it was not sent, or it is a GET that was lost."""
+        return not error.request_sent or (self.request.method == "GET" and isinstance(error.__cause__, OSError))
 
     def _within_deadline(self, outcome: _Response | BoxerConnectionError, pause: float, level: int) -> float | None:
         if pause >= self.left:
@@ -949,7 +973,11 @@ _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7
 
 
 class _ProtocolError(Exception):
-    """What arrived is not a complete response."""
+    """What arrived is no response."""
+
+
+class _LostError(_ProtocolError, ConnectionError):
+    """The connection ended before the response did."""
 
 
 def _encoded_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
@@ -994,9 +1022,9 @@ class _Decoder:
         """Decode the end of the connection."""
         if self.response is None:
             rest = self._buffer[self._at :]
-            raise _ProtocolError("the connection ended within the head" if rest else "it closed before an answer came")
+            raise _LostError("the connection ended within the head" if rest else "it closed before an answer came")
         if not self._ends_with_connection or not clean:
-            raise _ProtocolError(f"the connection ended within the content, after {self.size} bytes of it")
+            raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
         self._complete(self.response)
 
     def _complete(self, response: _Response) -> None:
@@ -1049,9 +1077,8 @@ class _Decoder:
         searched = 0
         while True:
             if not begins.startswith(self._buffer[self._at : self._at + len(begins)]):
-                raise _ProtocolError(
-                    f"it does not speak HTTP/1.1; {what} begins with {self._buffer[self._at :][:16]!r}"
-                )
+                begin = self._buffer[self._at :][:16]
+                raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); {what} begins with {begin!r}")
             end = self._buffer.find(delimiter, self._at + searched)
             length = (end if end >= 0 else len(self._buffer) - len(delimiter) + 1) - self._at
             if length > limit:
@@ -1134,6 +1161,7 @@ class _Tls:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._move = move
         self._partial = b""  # what arrived of a record that is not complete
+        self._is_fresh = True  # what came with the end of the handshake may still be here, and not be decrypted
         self._has_ended = False  # with a close_notify
         self.lost: ssl.SSLError | None = None  # ended without, or broken
 
@@ -1161,7 +1189,8 @@ class _Tls:
                 return None
             else:
                 received = await self._move(data)
-            decrypted = self._decrypted(received) if received is not None else b""
+            decrypted = self._decrypted(received) if received is not None or self._is_fresh else b""
+            self._is_fresh = False
             if decrypted or (received is None and data is not None):
                 return decrypted or None
         return b""
@@ -1175,8 +1204,8 @@ class _Tls:
         """Tell whether nothing has arrived of a record whose rest is still to come."""
         return not self._partial
 
-    def _decrypted(self, data: bytes) -> bytes:
-        """Decrypt what arrived; it may come to nothing, as session tickets do."""
+    def _decrypted(self, data: bytes | None) -> bytes:
+        """Decrypt what arrived (None: before); it may come to nothing, as session tickets do."""
         if data:
             self._put(data)
         pieces = []
@@ -1186,7 +1215,7 @@ class _Tls:
                 self._has_ended = not pieces[-1]
         except ssl.SSLWantReadError:
             # Said here, since OpenSSL may have been told not to.
-            self.lost = None if data else ssl.SSLEOFError("the connection ended without a close_notify")
+            self.lost = ssl.SSLEOFError("the connection ended without a close_notify") if data == b"" else None
         except ssl.SSLError as error:
             self.lost = error
         return b"".join(pieces)
@@ -1211,18 +1240,20 @@ class _Connection:
     call: _Call  # whose request is being exchanged
     is_blocked = False  # what was to be sent is not, since the peer does not take it
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, route: _Route, peer: str) -> None:
+        self.route = route
         self.peer = peer
-        self.was_used = self.is_idle = False
+        self.is_idle = False
         self.is_reusable = False  # the last exchange left it fit for another one
         self.idle_since = 0.0
         self.has_sent = False  # some of the request that is being exchanged
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
         self._tls: _Tls | None = None
 
-    async def open(self, route: _Route, context: ssl.SSLContext | None, call: _Call) -> _Response | None:
+    async def open(self, context: ssl.SSLContext | None, call: _Call) -> _Response | None:
         """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
         self.call, call.is_moving = call, False
+        route = self.route
         try:
             if route.tunnel is not None:
                 refusal = await self._tunnel(route)
@@ -1257,16 +1288,19 @@ class _Connection:
         """Send a request and receive its response."""
         self.call = call
         self.has_sent = self.is_reusable = False
-        self.was_used = True
         decoder = _Decoder(call.request.method, call.request.content_limit)
         try:
             move = self._tls.move if self._tls else self.move
             was_sent = await self._converse(head, call.request.body, decoder, move)
         except (_ProtocolError, ssl.SSLError) as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from self._loss or error
-        is_quiet = not self.has_unsent() and (self._tls is None or (self._tls.is_open and self._tls.is_between_records))
-        self.is_reusable = was_sent and decoder.is_reusable and is_quiet
         assert decoder.response is not None  # a conversation ends when the decoder has completed it
+        was_sent = was_sent and not self.has_unsent()
+        if decoder.response.is_success and not was_sent:
+            message = f"{self.peer}: it reported success before it had all of the request"
+            raise BoxerConnectionError(message, self.has_sent)
+        is_quiet = self._tls is None or (self._tls.is_open and self._tls.is_between_records)
+        self.is_reusable = was_sent and decoder.is_reusable and is_quiet
         return decoder.response
 
     @property
@@ -1297,6 +1331,10 @@ class _Connection:
                     step = b"" if self.is_blocked else await self.next_piece(pieces)
         return not isinstance(body, _Multipart) or body.is_given
 
+    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+        """Connect to one of the addresses that socket.getaddrinfo has returned; raise OSError if that fails."""
+        raise NotImplementedError
+
     async def move(self, data: bytes | memoryview | None) -> bytes | None:
         """Send bytes and return None once they are sent, or what has arrived before; or (None) wait for what arrives.
 
@@ -1317,7 +1355,11 @@ class _Connection:
         return self.is_blocked
 
     def close(self) -> None:
-        """Close the connection at once."""
+        """Close the connection at once, if it is open."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Close this process's copy of the connection, without a word to the peer."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -1333,136 +1375,167 @@ _IDLE_LIMIT = 4.0
 
 
 class _Pool(Generic[_C]):
-    """The connections of a client: those that are idle, by route, and those in use."""
+    """The connections of a client: those that are idle, by route, and those in use, each by one call.
 
-    def __init__(self) -> None:
+    An interrupt may come between any two steps of what the blocking client does. So what a call has, or waits for,
+    stands in these tables before it is had, and `leave`, which may be broken off and done again, gives it all back.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.process = os.getpid()
         self.is_closed = False
+        self._size = size
         self._lock = threading.Lock()
-        self._idle: dict[_Route, list[_C]] = {}
-        self._busy: set[_C] = set()
+        self._idle: dict[_Route, dict[_C, None]] = {}  # sets, the one that was used last at the end
+        self._busy: dict[_Call, _C | None] = {}  # the calls that may have a connection, with the one that they have
+        self._waiting: collections.OrderedDict[_Call, Any] = collections.OrderedDict()  # the others, with their turns
+        self._pausing: set[_Call] = set()  # between two tries
 
-    def take(self, route: _Route) -> _C | None:
+    async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
+        """Send a request over an idle connection or a new one, and receive its response."""
+        try:
+            await self._enter(call)
+            connection = self._take(route, call)
+            if connection is not None:
+                try:
+                    return await connection.exchange(head, call)
+                except BoxerConnectionError as error:
+                    if not call.goes_once_more(error):
+                        raise
+                    connection.close()
+            connection = await self._connect(route, call)
+            refusal = await connection.open(context, call)
+            return refusal or await connection.exchange(head, call)
+        finally:
+            self.leave(call)
+
+    async def _enter(self, call: _Call) -> None:
+        """Wait, first come, first served, until one more connection may be in use."""
+        with self._lock:
+            if len(self._busy) < self._size:
+                self._busy[call] = None
+                return
+            turn = self._waiting[call] = self._new_turn()
+        since = time.monotonic()
+        call.abort = turn.set
+        if not self.is_closed:
+            await self._wait_for(turn)
+        call.waited(time.monotonic() - since)
+
+    def leave(self, call: _Call) -> None:
+        """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""
+        call.abort = None
+        with self._lock:
+            connection = self._busy.get(call)
+            if connection is not None:
+                self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
+            self._busy.pop(call, None)
+            self._waiting.pop(call, None)
+            while self._waiting and len(self._busy) < self._size:
+                following, turn = next(iter(self._waiting.items()))
+                turn.set()
+                self._busy.setdefault(following)
+                del self._waiting[following]
+
+    def _keep(self, connection: _C) -> None:
+        """Keep an idle connection, and close one that has been idle for too long."""
+        idle = self._idle.setdefault(connection.route, {})
+        connection.is_idle, connection.idle_since = True, time.monotonic()
+        idle[connection] = None
+        oldest = next(iter(idle))
+        if oldest.idle_since < connection.idle_since - _IDLE_LIMIT:
+            oldest.close()
+            del idle[oldest]
+
+    def _take(self, route: _Route, call: _Call) -> _C | None:
         """Return an idle connection that is fit for use."""
         oldest = time.monotonic() - _IDLE_LIMIT
         while True:
             with self._lock:
-                if self.is_closed:
-                    raise BoxerConnectionError(f"{route.next_hop}: the client was closed", request_sent=False)
-                if not self._idle.get(route):
+                idle = self._idle.get(route)
+                if not idle or self.is_closed:
                     return None
-                connection = self._idle[route].pop()
-                connection.is_idle = False
-                self._busy.add(connection)
+                connection = next(reversed(idle))
+                connection.is_idle = connection.is_reusable = False
+                self._hold(call, connection)
+                del idle[connection]
             if connection.idle_since > oldest and connection.is_quiet():
                 return connection
-            self.drop(connection)
+            connection.close()
 
-    def add(self, connection: _C) -> _C:
-        """Take in a new connection, as one in use."""
-        with self._lock:
-            self._busy.add(connection)
-        if self.is_closed:
-            self.drop(connection)
-            raise BoxerConnectionError(f"{connection.peer}: the client was closed", request_sent=False)
-        return connection
-
-    def give_back(self, route: _Route, connection: _C) -> None:
-        """Keep a connection if it may be used again, and close one that has been idle for too long."""
-        now = time.monotonic()
-        unfit = connection
-        with self._lock:
-            self._busy.discard(connection)
-            idle = self._idle.setdefault(route, [])
-            if connection.is_reusable and not self.is_closed:
-                connection.is_idle, connection.idle_since = True, now
-                idle.append(connection)
-                if idle[0].idle_since >= now - _IDLE_LIMIT:
-                    return
-                unfit = idle.pop(0)
-        unfit.close()
-
-    def drop(self, connection: _C) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-        connection.close()
-
-    def connections(self) -> list[_C]:
-        return [*self._busy, *(connection for idle in self._idle.values() for connection in idle)]
-
-    def close(self) -> None:
-        """Close what is idle, and break off what is in use."""
-        with self._lock:
-            self.is_closed = True
-            connections = self.connections()
-            self._idle.clear()
-        for connection in connections:
-            connection.close() if connection.is_idle else connection.abort()
-
-    async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
-        """Send a request over an idle connection or a new one, and receive its response."""
-        await self._acquire(call)
-        try:
-            connection = self.take(route)
-            if connection is not None:
-                try:
-                    return await self._exchange_over(connection, route, head, call, context)
-                except BoxerConnectionError as error:
-                    if not call.goes_once_more(error):
-                        raise
-            connection = self.add(await self._connect(route, call))
-            return await self._exchange_over(connection, route, head, call, context)
-        finally:
-            self._release()
-
-    async def _exchange_over(
-        self, connection: _C, route: _Route, head: bytes, call: _Call, context: ssl.SSLContext | None
-    ) -> _Response:
+    def _hold(self, call: _Call, connection: _C) -> None:
+        self._busy[call] = connection
         call.abort = connection.abort
-        try:
-            refusal = None if connection.was_used else await connection.open(route, context, call)
-            response = refusal or await connection.exchange(head, call)
-        except BaseException:
-            self.drop(connection)
-            raise
-        finally:
-            call.abort = None
-        self.give_back(route, connection)
-        return response
 
     async def _connect(self, route: _Route, call: _Call) -> _C:
         """Connect to the first of a name's addresses that lets it."""
         host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
+        connection = self._new_connection(route, f"{host}:{port}")
+        self._hold(call, connection)
         last: OSError | None = None
+        addresses: Sequence[Any] = ()
         try:
-            addresses = await self._addresses(host, port, call)
+            addresses = () if self.is_closed else await self._addresses(host, port, call)
         except OSError as error:
-            raise call.no_connection(host, port, error) from error
-        for position, (family, kind, protocol, _, address) in enumerate(addresses):
-            sock = None
+            last = error
+        for position, address in enumerate(addresses):
             try:
-                sock = socket.socket(family, kind, protocol)
-                seconds = max(0.001, call.left / (len(addresses) - position))  # the addresses share what is left
-                return await self._connected(sock, address, f"{host}:{port}", seconds)
-            except BaseException as error:
-                if sock is not None:
-                    sock.close()
-                if not isinstance(error, OSError):
-                    raise
+                await connection.connect(address, call.left / (len(addresses) - position), call)  # they share it
+                return connection
+            except OSError as error:
+                connection.close()
                 last = error
+            if self.is_closed or call.left <= 0:
+                break
+        if self.is_closed:
+            raise BoxerConnectionError(f"{host}:{port}: the client was closed", request_sent=False) from last
         raise call.no_connection(host, port, last) from last
+
+    async def pause(self, call: _Call, seconds: float) -> None:
+        """Wait before the next try of a call, unless it is broken off."""
+        self._pausing.add(call)
+        try:
+            await self._pause(call, seconds)
+        finally:
+            self._pausing.discard(call)
+            call.abort = None
+
+    def close(self) -> None:
+        """Close what is idle, and break off what is going on."""
+        with self._lock:
+            self.is_closed = True
+            for idle in self._idle.values():
+                for connection in idle:
+                    connection.close()
+            self._idle.clear()
+            calls = [*self._busy, *self._waiting, *self._pausing]
+        for call in calls:
+            call.break_off()
+
+    def leave_to_parent(self) -> None:
+        """Close a forked child's copies of the connections, with which its parent goes on."""
+        for connection in self.connections():
+            connection.leave()
+
+    def connections(self) -> list[_C]:
+        busy = (connection for connection in self._busy.values() if connection is not None)
+        return [*busy, *itertools.chain.from_iterable(self._idle.values())]
 
     # What blocks in one client and awaits in the other.
 
-    async def _acquire(self, call: _Call) -> None:
+    def _new_turn(self) -> Any:
         raise NotImplementedError
 
-    def _release(self) -> None:
+    async def _wait_for(self, turn: Any) -> None:
         raise NotImplementedError
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+    async def _pause(self, call: _Call, seconds: float) -> None:
         raise NotImplementedError
 
-    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _C:
+    def _new_connection(self, route: _Route, peer: str) -> _C:
+        raise NotImplementedError
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
         raise NotImplementedError
 
 
@@ -1530,14 +1603,14 @@ class _Client:
                 pause = None if self._is_closed else call.pause_after(error)
                 if pause is None:
                     raise
-            await self._sleep(pause)
+            await self._current_pool().pause(call, pause)
             if self._is_closed:
                 raise BoxerConnectionError(f"{self._origin.authority}: the client was closed", request_sent=False)
 
-    async def _sent(self, call: _Call) -> _Response:
+    def _current_pool(self) -> Any:
         raise NotImplementedError
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _sent(self, call: _Call) -> _Response:
         raise NotImplementedError
 
 
@@ -1565,12 +1638,27 @@ def _now(coroutine: Coroutine[Any, Any, _T]) -> _T:
 class _SyncConnection(_Connection):
     """A connection over a non-blocking socket."""
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        super().__init__(peer)
-        self._socket = sock
+    def __init__(self, route: _Route, peer: str) -> None:
+        super().__init__(route, peer)
+        self._socket: Any = None
         self._unsent = memoryview(b"")
+
+    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+        family, kind, protocol, _, where = address
+        self._socket = socket.socket(family, kind, protocol)
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._selector = _Selector()
-        self._selector.register(sock, selectors.EVENT_READ)
+        self._selector.register(self._socket, selectors.EVENT_WRITE)
+        with contextlib.suppress(BlockingIOError):
+            self._socket.connect(where)
+        if self.lost is None and not self._selector.select(max(0.001, seconds)):
+            raise socket.timeout("timed out")
+        if self.lost is not None:  # by an `abort` that was too early to shut anything down, say
+            raise self.lost
+        error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
         return next(pieces)
@@ -1614,7 +1702,7 @@ class _SyncConnection(_Connection):
 
     def _receive(self) -> bytes | None:
         try:
-            return self._socket.recv(_PIECE)
+            return self._socket.recv(_PIECE)  # type: ignore[no-any-return]  # bytes
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
@@ -1629,47 +1717,41 @@ class _SyncConnection(_Connection):
         self.leave()
 
     def leave(self) -> None:
-        """Close a forked child's copy of the connection, which goes on in the parent."""
-        self._selector.close()
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
 
     def abort(self) -> None:
         super().abort()
         _shut_down(self._socket)
 
 
-def _shut_down(sock: socket.socket) -> None:
+def _shut_down(sock: socket.socket | None) -> None:
     """Tell the peer that it is over, even if a forked child has a copy of the socket."""
-    with contextlib.suppress(OSError):  # it may be closed already
-        sock.shutdown(socket.SHUT_RDWR)
+    if sock is not None:
+        with contextlib.suppress(OSError):  # it may be closed already
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 class _SyncPool(_Pool[_SyncConnection]):
     """The connections of a BoxerClient within one process."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.process = os.getpid()
-        self._slots = threading.Semaphore(size)
+    def _new_turn(self) -> threading.Event:
+        return threading.Event()
 
-    async def _acquire(self, call: _Call) -> None:
-        since = time.monotonic()
-        if not self._slots.acquire(blocking=False):
-            self._slots.acquire()
-            call.waited(time.monotonic() - since)
+    async def _wait_for(self, turn: threading.Event) -> None:
+        turn.wait()
 
-    def _release(self) -> None:
-        self._slots.release()
+    async def _pause(self, call: _Call, seconds: float) -> None:
+        is_over = threading.Event()
+        call.abort = is_over.set
+        if not self.is_closed:
+            is_over.wait(seconds)
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+    def _new_connection(self, route: _Route, peer: str) -> _SyncConnection:
+        return _SyncConnection(route, peer)
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _SyncConnection:
-        sock.settimeout(seconds)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)
-        return _SyncConnection(sock, peer)
 
 
 class _OpenerRequest(urllib.request.Request):
@@ -1704,8 +1786,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         """Return the pool of this process: in a forked child, its parent goes on with the connections."""
         if self._pool.process != os.getpid():
             inherited, self._pool = self._pool, _SyncPool(self._size)
-            for connection in inherited.connections():
-                connection.leave()
+            inherited.leave_to_parent()
         return self._pool
 
     def http_open(self, request: Any) -> _Response:
@@ -1787,7 +1868,10 @@ class BoxerClient(_Client):
         self._drop_connections()
 
     def _drop_connections(self) -> None:
-        self._handler.pool().close()
+        self._current_pool().close()
+
+    def _current_pool(self) -> _SyncPool:
+        return self._handler.pool()
 
     def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
@@ -1856,14 +1940,14 @@ class BoxerClient(_Client):
         deadline of its own.
         """
         files = _local_files(local_path, remote_path)
-        calls: list[_Call] = []
 
-        def upload(file: tuple[Path, str]) -> None:
+        def upload(file: tuple[Path, str], begin: Callable[[_Call], None]) -> None:
             with file[0].open("rb") as content:
-                calls.append(self._call(_upload_request(file[1], content), timeout, retries))
-                _check_uploaded(self._answer(calls[-1]))
+                call = self._call(_upload_request(file[1], content), timeout, retries)
+                begin(call)
+                _check_uploaded(self._answer(call))
 
-        _for_each(upload, files, calls)
+        _for_each(upload, files)
         return [remote for _, remote in files]
 
     def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
@@ -1871,10 +1955,10 @@ class BoxerClient(_Client):
         return _file_content(self._answer(self._call(_download_request(path), timeout, retries)))
 
     def _answer(self, call: _Call) -> _Response:
-        return _now(self._exchange(call))
-
-    async def _sleep(self, seconds: float) -> None:
-        time.sleep(seconds)  # noqa: ASYNC251 - this client blocks
+        try:
+            return _now(self._exchange(call))
+        finally:
+            self._current_pool().leave(call)  # which may have been broken off in there
 
     async def _sent(self, call: _Call) -> _Response:
         request = _OpenerRequest(self._origin, call.request)
@@ -1900,16 +1984,25 @@ def _adopted(response: Any) -> _Response:
 _AT_A_TIME = 8  # files, when a folder is sent
 
 
-def _for_each(function: Callable[[_T], None], items: Sequence[_T], calls: list[_Call]) -> None:
-    """Call a function for each item, several at a time; when one fails, or the caller is interrupted, end `calls`."""
+def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Sequence[_T]) -> None:
+    """Call a function for each item, several at a time; when one fails, or the caller is interrupted, end them all.
+
+    The function announces each of its calls with what it gets as its second argument.
+    """
     from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by those who send no folder
 
     remaining, is_over = iter(items), threading.Event()
+    calls: list[_Call] = []
+
+    def begin(call: _Call) -> None:
+        calls.append(call)
+        if is_over.is_set():
+            call.cancel()
 
     def work() -> None:
         for item in itertools.takewhile(lambda _: not is_over.is_set(), remaining):
             try:
-                function(item)
+                function(item, begin)
             except BaseException:
                 is_over.set()
                 raise
@@ -1937,10 +2030,10 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
     begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
     """
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        super().__init__(peer)
+    def __init__(self, route: _Route, peer: str) -> None:
+        super().__init__(route, peer)
         self._loop = asyncio.get_running_loop()
-        self._socket = sock
+        self._socket: Any = None
         self._transport: asyncio.Transport | None = None
         self._arrived: collections.deque[bytes] = collections.deque()
         self._has_ended = False
@@ -1948,11 +2041,27 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
+    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+        family, kind, protocol, _, where = address
+        self._socket = socket.socket(family, kind, protocol)
+        self._socket.setblocking(False)
+        await _within(seconds, self._reach(where), call)
+
+    async def _reach(self, address: Any) -> None:
+        await self._loop.sock_connect(self._socket, address)
+        await self._loop.create_connection(lambda: self, sock=self._socket)
+
     async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
         body = self.call.request.body
         if isinstance(body, _Multipart) and not body.may_block:
             return next(pieces)
-        return await self._loop.run_in_executor(None, next, pieces)
+        reading = self._loop.run_in_executor(None, next, pieces)
+        try:
+            return await _within(self.call.left, reading, self.call)
+        except socket.timeout as error:
+            if self.call.left <= 0:
+                raise self.call.timed_out(self.peer) from error
+            raise
 
     async def move(self, data: bytes | memoryview | None) -> bytes | None:
         if data is not None:
@@ -2024,8 +2133,7 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         self._has_ended = True
         self._transport = None
         self._wake()
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self._note_closed()
 
     def _salvage(self) -> None:
         """Take what the server said before the connection was reset, which the transport leaves behind."""
@@ -2048,23 +2156,34 @@ class _AsyncConnection(_Connection, asyncio.Protocol):
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            self._socket.close()
-        elif self._transport is not None:
+        if self._transport is None or self._loop.is_closed():
+            self.leave()
+            self._note_closed()
+        else:
             _shut_down(self._socket)
             self._transport.abort()
+
+    def _note_closed(self) -> None:
+        if not self.closed.done() and not self._loop.is_closed():
+            self.closed.set_result(None)
+
+    def leave(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
     def abort(self) -> None:
         super().abort()
         self.close()
 
 
-async def _within(seconds: float, awaitable: Awaitable[_T]) -> _T:
-    """Do what asyncio.wait_for does, which before Python 3.12 can lose a cancellation."""
+async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
+    """Do what asyncio.wait_for does, which before Python 3.12 can lose a cancellation; let the call be broken off."""
     task = asyncio.ensure_future(awaitable)
+    abort, call.abort = call.abort, task.cancel
     try:
         await asyncio.wait((task,), timeout=seconds)
     finally:
+        call.abort = abort
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
@@ -2077,38 +2196,25 @@ async def _within(seconds: float, awaitable: Awaitable[_T]) -> _T:
 
 
 class _AsyncPool(_Pool[_AsyncConnection]):
-    """The connections of an AsyncBoxerClient within one event loop, and the turns to have one."""
+    """The connections of an AsyncBoxerClient within one event loop."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        super().__init__(size)
         self.loop = asyncio.get_running_loop()
-        self._free = size
-        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._end_of_loop = self._close_with_loop()
 
-    async def _acquire(self, call: _Call) -> None:
-        """Wait, first come, first served, until one more connection may be in use."""
-        if self._free > 0:
-            self._free -= 1
-            return
-        since = time.monotonic()
-        turn = self.loop.create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._release()
-            raise
-        call.waited(time.monotonic() - since)
+    def _new_turn(self) -> asyncio.Event:
+        return asyncio.Event()
 
-    def _release(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+    async def _wait_for(self, turn: asyncio.Event) -> None:
+        await turn.wait()
+
+    async def _pause(self, call: _Call, seconds: float) -> None:
+        with contextlib.suppress(socket.timeout):
+            await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
+
+    def _new_connection(self, route: _Route, peer: str) -> _AsyncConnection:
+        return _AsyncConnection(route, peer)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """Close the connections of a client that was not closed before the loop is.
@@ -2121,17 +2227,10 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         finally:
             self.close()
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> list[Any]:
+    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
         async for _ in self._end_of_loop:  # begin
             break
-        return await _within(call.left, self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-
-    async def _connected(self, sock: socket.socket, address: Any, peer: str, seconds: float) -> _AsyncConnection:
-        sock.setblocking(False)
-        await _within(seconds, self.loop.sock_connect(sock, address))
-        connection = _AsyncConnection(sock, peer)
-        await self.loop.create_connection(lambda: connection, sock=sock)
-        return connection
+        return await _within(call.left, self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), call)
 
     async def aclose(self) -> None:
         connections = self.connections()
@@ -2140,9 +2239,11 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         for connection in connections:
             await connection.closed
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """Close everything from another loop, or after the end of this one."""
-        if self.loop.is_closed():
+        if self.process != os.getpid():
+            self.leave_to_parent()  # and the loop too is the parent's
+        elif self.loop.is_closed():
             self.close()
         else:
             self.loop.call_soon_threadsafe(self.close)
@@ -2175,7 +2276,7 @@ class AsyncBoxerClient(_Client):
 
     def _drop_connections(self) -> None:
         if self._pool is not None:
-            self._pool.leave()
+            self._pool.abandon()
 
     async def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
         """See `BoxerClient.health`."""
@@ -2228,9 +2329,6 @@ class AsyncBoxerClient(_Client):
         """See `BoxerClient.download_file`."""
         return _file_content(await self._exchange(self._call(_download_request(path), timeout, retries)))
 
-    async def _sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
     async def _sent(self, call: _Call) -> _Response:
         origin = self._origin
         fields = {**origin.fields, **call.request.fields}
@@ -2241,9 +2339,14 @@ class AsyncBoxerClient(_Client):
 
     def _current_pool(self) -> _AsyncPool:
         loop = asyncio.get_running_loop()
-        if self._pool is None or self._pool.loop is not loop or self._pool.is_closed:
+        if (
+            self._pool is None
+            or self._pool.loop is not loop
+            or self._pool.is_closed
+            or self._pool.process != os.getpid()
+        ):
             if self._pool is not None:
-                self._pool.leave()
+                self._pool.abandon()
             self._pool = _AsyncPool(self._settings["max_connections"])
         return self._pool
 
