@@ -1378,14 +1378,15 @@ class _Pool(Generic[_C]):
     """The connections of a client: those that are idle, by route, and those in use, each by one call.
 
     An interrupt may come between any two steps of what the blocking client does. So what a call has, or waits for,
-    stands in these tables before it is had, and `leave`, which may be broken off and done again, gives it all back.
+    stands in these tables before it is had, and `leave`, which may be broken off and done again by `mend`, gives it all
+    back.
     """
 
     def __init__(self, size: int) -> None:
         self.process = os.getpid()
         self.is_closed = False
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a Lock but for `mend`
         self._idle: dict[_Route, dict[_C, None]] = {}  # sets, the one that was used last at the end
         self._busy: dict[_Call, _C | None] = {}  # the calls that may have a connection, with the one that they have
         self._waiting: collections.OrderedDict[_Call, Any] = collections.OrderedDict()  # the others, with their turns
@@ -1436,6 +1437,13 @@ class _Pool(Generic[_C]):
                 turn.set()
                 self._busy.setdefault(following)
                 del self._waiting[following]
+
+    def mend(self, call: _Call) -> None:
+        """Take back what an interrupted call has, and release the lock: on Python 3.9 an interrupt can skip that."""
+        self.leave(call)
+        with contextlib.suppress(RuntimeError):  # now it is not this thread's
+            while True:
+                self._lock.release()
 
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close one that has been idle for too long."""
@@ -1957,8 +1965,11 @@ class BoxerClient(_Client):
     def _answer(self, call: _Call) -> _Response:
         try:
             return _now(self._exchange(call))
-        finally:
-            self._current_pool().leave(call)  # which may have been broken off in there
+        except BoxerError:
+            raise
+        except BaseException:
+            self._current_pool().mend(call)
+            raise
 
     async def _sent(self, call: _Call) -> _Response:
         request = _OpenerRequest(self._origin, call.request)
