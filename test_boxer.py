@@ -1448,6 +1448,7 @@ import enum
 import errno
 import gc
 import hashlib
+import http.client
 import inspect
 import itertools
 import logging
@@ -1465,6 +1466,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Union
 
+import h11
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import trustme
 
@@ -3920,6 +3924,653 @@ def test_an_endless_answer_comes_to_an_end(client_of: Clients, name: str) -> Non
         assert is_expected(got, expected), got
         assert len(str(got)) < 3000
         assert client.health()
+
+
+# What other readers of HTTP make of an answer
+
+# More of them search for longer: BOXER_EXAMPLES=20000.
+EXAMPLES = int(os.environ.get("BOXER_EXAMPLES", "200"))
+
+
+def examples(share: float = 1) -> hypothesis.settings:
+    """Return the settings of a test of generated examples, for a share of their usual number."""
+    checks = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+    return hypothesis.settings(
+        max_examples=max(1, int(EXAMPLES * share)),
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=checks,
+    )
+
+
+# What a reader makes of an answer: its status and, of a 200, its content. None: the reader refuses it.
+Verdict = Union[tuple[int, Union[bytes, None]], None]
+
+
+def verdict(status: int, content: bytes) -> Verdict:
+    return status, content if status == 200 else None
+
+
+def verdict_of(result: Any) -> Verdict:
+    """Return the verdict of a client that returned or raised this."""
+    if isinstance(result, BoxerAPIError):
+        return result.status_code, None
+    assert isinstance(result, (bytes, BoxerConnectionError)), result
+    return verdict(200, result) if isinstance(result, bytes) else None
+
+
+def heard_by_h11(said: bytes) -> Verdict:
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+    connection.send(h11.EndOfMessage())
+    for data in (said, b""):
+        connection.receive_data(data)
+    status, content = 0, b""
+    try:
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+            status = event.status_code if isinstance(event, h11.Response) else status
+            content += event.data if isinstance(event, h11.Data) else b""
+    except h11.RemoteProtocolError:
+        return None
+    return verdict(status, content)
+
+
+def heard_by_http_client(said: bytes) -> Verdict:
+    sock: Any = types.SimpleNamespace(makefile=lambda _: io.BytesIO(said))
+    with contextlib.closing(http.client.HTTPResponse(sock)) as response:
+        try:
+            response.begin()
+            return verdict(response.status, response.read())
+        except (http.client.HTTPException, OverflowError):
+            return None
+
+
+ORACLES = {"h11": heard_by_h11, "http.client": heard_by_http_client}
+
+
+class Parts:
+    """An answer taken apart at its line ends, whatever is wrong with it. It judges nothing: the table below does."""
+
+    def __init__(self, said: bytes) -> None:
+        self.heads: list[list[bytes]] = []  # lines; of the interim answers, and of the final one
+        is_interim = True
+        while is_interim:
+            head, blank, said = said.partition(b"\r\n\r\n")
+            self.heads.append(head.split(b"\r\n"))
+            is_interim = bool(blank and re.match(rb"HTTP/1\.[0-9] 1[0-9]{2}( |\Z)", self.heads[-1][0]))
+        self.is_head_cut = not blank
+        self.version, self.status = self.heads[-1][0][:8], self.heads[-1][0][9:12]
+        self.has_content = self.status not in (b"204", b"304")
+        self.codings = values(self.heads[-1], b"transfer-encoding") if self.has_content else []
+        self.lengths = values(self.heads[-1], b"content-length") if self.has_content else []
+        self.chunk_heads: list[bytes] = []
+        self.chunk_ends: list[bytes] = []
+        self.trailer: list[bytes] = []
+        self.are_chunks_cut = bool(self.codings) and not self._are_chunks_whole(said)
+        self.sections = [*(head[1:] for head in self.heads), self.trailer]
+        self.fields = [line for section in self.sections for line in section]
+        self.lines = [*(head[0] for head in self.heads), *self.fields]
+
+    def _are_chunks_whole(self, body: bytes) -> bool:
+        size = -1
+        while size != 0:
+            line, end, body = body.partition(b"\r\n")
+            self.chunk_heads.append(line)
+            digits = re.match(rb"[0-9A-Fa-f]+(?=[ \t;]|\Z)", line)
+            if not end or not digits:
+                return end != b""  # what follows a head that is none is anyone's guess
+            size = int(digits[0], 16)
+            if size > 0:
+                self.chunk_ends.append(body[size : size + 2])
+                body = body[size + 2 :]
+        if body.startswith(b"\r\n"):
+            return True
+        section, blank, _ = body.partition(b"\r\n\r\n")
+        self.trailer = section.split(b"\r\n") if section else []
+        return bool(blank)
+
+
+def values(lines: Sequence[bytes], name: bytes) -> list[bytes]:
+    """Return the values that a field has in these lines, with the whitespace around them."""
+    pairs = [line.partition(b":") for line in lines]
+    return [value for found, _, value in pairs if found.lower() == name]
+
+
+def items(fields: Sequence[bytes]) -> list[bytes]:
+    """Return the items of fields whose values are lists."""
+    return [item.strip(b" \t") for value in fields for item in value.split(b",")]
+
+
+def has_unfit_framing(lines: Sequence[bytes]) -> bool:
+    """Tell whether the framing in these lines is none that is right, or none that h11 knows."""
+    codings, lengths = values(lines, b"transfer-encoding"), values(lines, b"content-length")
+    is_sized = len(set(items(lengths))) <= 1 and all(re.fullmatch(b"[0-9]{1,20}", item) for item in items(lengths))
+    return not is_sized or [coding.strip(b" \t").lower() for coding in codings] not in ([], [b"chunked"])
+
+
+def any_of(pattern: bytes, lines: Iterable[bytes]) -> bool:
+    """Tell whether a pattern, in which a dot is any byte, is the whole of any line."""
+    return any(re.fullmatch(pattern, line, re.DOTALL) for line in lines)
+
+
+STRICTER = "this client alone refuses it"  # and it has to, wherever the predicate holds
+LAXER = "this client alone takes it"
+OTHER_END = "the oracle finds another end"  # whatever that then comes to
+
+
+class Difference(NamedTuple):
+    """How this client may differ from an oracle: in what answers, as a predicate knows them, and why."""
+
+    kind: str
+    oracles: str
+    is_in: Callable[[Parts], bool]
+    example: bytes
+    why: str
+
+
+NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+FIVE = "Content-Length: 5"
+BOTH = "h11 http.client"
+DIFFERENCES = {
+    # Lines.
+    "a bare LF in a head or trailer section": Difference(
+        STRICTER, BOTH, lambda it: any(b"\n" in line for line in it.lines),
+        raw("A: b\nC: d", FIVE, body=b"hello"),
+        "RFC 9112, 2.2 allows to take it for a line's end; who does sees other lines than who does not"),
+    "a bare CR in a head or trailer section": Difference(
+        STRICTER, "http.client", lambda it: any(b"\r" in line for line in it.lines),
+        raw("A: b\rC: d", FIVE, body=b"hello"),
+        "RFC 9112, 2.2: it makes the element invalid, or is a space; http.client takes it for a line's end"),
+    "a NUL in a head or trailer section": Difference(
+        STRICTER, "http.client", lambda it: any(b"\0" in line for line in it.lines),
+        raw("A: b\0", FIVE, body=b"hello"),
+        "RFC 9110, 5.5: the message is to be rejected, or the NUL to be replaced"),
+    "another control character in a head or trailer section": Difference(
+        STRICTER, BOTH, lambda it: any_of(rb".*[\x01-\x08\x0b\x0c\x0e-\x1f\x7f].*", it.lines),
+        raw("A: b\x01", FIVE, body=b"hello"),
+        "RFC 9110, 5.5 and RFC 9112, 4: neither a value nor a reason has any; to retain those in values is optional"),
+    "a folded line": Difference(
+        STRICTER, BOTH, lambda it: any_of(rb"[ \t].*", it.fields),
+        raw("A: b", " c", FIVE, body=b"hello"),
+        "RFC 9112, 5.2 would have it unfolded; nobody may send it, and where it is not unfolded it hides a field"),
+    "a line that has no field's name before a colon": Difference(
+        STRICTER, "http.client", lambda it: any(not re.match(NAME + rb":|[ \t]", line) for line in it.fields),
+        raw("A : b", FIVE, body=b"hello"),
+        "RFC 9112, 5.1 and 5: a name is a token, and no space follows it; http.client ends the section there"),
+    "another version of HTTP": Difference(
+        STRICTER, "h11", lambda it: any_of(rb"HTTP/[02-9]\.[0-9] [0-9]{3}( .*)?", [it.heads[-1][0]]),
+        raw(FIVE, status="HTTP/2.0 200 OK", body=b"hello"),
+        "RFC 9110, 2.5: another major version is another syntax"),
+    "a status line that is none": Difference(
+        STRICTER, "http.client", lambda it: not any_of(rb"HTTP/1\.[0-9] [1-9][0-9]{2}( .*)?", [it.heads[-1][0]]),
+        raw(FIVE, status="HTTP/1.1  2_0_0 OK", body=b"hello"),
+        "RFC 9112, 4: one space, three digits, one space; http.client takes what split() and int() do"),
+    # How much there is.
+    "more than 100 fields": Difference(
+        STRICTER, BOTH, lambda it: any(len(section) > 100 for section in it.sections),
+        raw(IN_CHUNKS, body=b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 101 + b"\r\n"),
+        "RFC 9110, 5.4 leaves the limit to each recipient; http.client has one for heads alone"),
+    "100 fields": Difference(
+        LAXER, "http.client", lambda it: any(len(head) == 101 for head in it.heads),
+        raw(FIVE, *["A: b"] * 99, body=b"hello"),
+        "RFC 9110, 5.4 leaves the limit to each recipient; http.client counts the empty line"),
+    "more than 20 interim answers": Difference(
+        STRICTER, BOTH, lambda it: len(it.heads) > 21,
+        raw(status="HTTP/1.1 100 Continue") * 21 + raw(FIVE, body=b"hello"),
+        "RFC 9110, 15.2 has no limit; without one an answer need never begin"),
+    "a chunk's head of more than 4 KiB": Difference(
+        STRICTER, BOTH, lambda it: any(len(line) > 4096 for line in it.chunk_heads),
+        raw(IN_CHUNKS, body=chunks(content=b"hello", extension=b";" + b"x" * 4096)),
+        "RFC 9112, 7.1.1 advises a limit for extensions, if to servers alone; without one a chunk need never begin"),
+    # Interim answers, and others without content.
+    "101": Difference(
+        STRICTER, "http.client", lambda it: any_of(rb"HTTP/1\.[0-9] 101( .*)?", [head[0] for head in it.heads]),
+        raw(status="HTTP/1.1 101 Switching Protocols") + raw(FIVE, body=b"hello"),
+        "RFC 9110, 7.8: it answers an Upgrade, which was not sent; http.client leaves that to its caller"),
+    "an interim answer other than 100": Difference(
+        OTHER_END, "http.client", lambda it: any(head[0][9:12] not in (b"100", b"101") for head in it.heads[:-1]),
+        raw(status="HTTP/1.1 103 Early Hints") + raw(FIVE, body=b"hello"),
+        "RFC 9110, 15.2: a client has to go past any it did not ask for; http.client takes it for the final one"),
+    "unfit framing of an answer without content": Difference(
+        LAXER, "h11", lambda it: any(map(has_unfit_framing, it.heads[: -1 if it.has_content else None])),
+        raw("Content-Length: five", status="HTTP/1.1 204 No Content"),
+        "RFC 9112, 6.3: a 1xx, 204 or 304 ends with its head, whatever fields are there"),
+    "unfit framing in a trailer section": Difference(
+        LAXER, "h11", lambda it: has_unfit_framing(it.trailer),
+        raw(IN_CHUNKS, body=chunks(content=b"hello", trailer=b"Content-Length: five\r\n")),
+        "RFC 9110, 6.5.1: a trailer is not to be used for framing, so that what it says of it does not matter"),
+    "chunks announced by an answer without content": Difference(
+        LAXER, "http.client", lambda it: not it.has_content and values(it.heads[-1], b"transfer-encoding") != [],
+        raw(IN_CHUNKS, status="HTTP/1.1 304 Not Modified"),
+        "RFC 9112, 6.3: a 204 or 304 ends with its head, whatever fields are there; http.client waits for chunks"),
+    # Which framing it is.
+    "Transfer-Encoding beside Content-Length": Difference(
+        STRICTER, BOTH, lambda it: it.codings != [] and it.lengths != [],
+        raw(FIVE, IN_CHUNKS, body=chunks(content=b"hello")),
+        "RFC 9112, 6.3: Transfer-Encoding overrides it, and it ought to be handled as an error: it may be smuggling"),
+    "Transfer-Encoding in HTTP/1.0": Difference(
+        STRICTER, BOTH, lambda it: it.codings != [] and it.version == b"HTTP/1.0",
+        raw(IN_CHUNKS, status="HTTP/1.0 200 OK", body=chunks(content=b"hello")),
+        "RFC 9112, 6.1: the framing is to be treated as faulty"),
+    "a Transfer-Encoding that is not chunked alone": Difference(
+        STRICTER, "http.client", lambda it: [item.lower() for item in items(it.codings)] not in ([], [b"chunked"]),
+        raw("Transfer-Encoding: gzip, chunked", body=chunks(content=b"hello")),
+        "RFC 9112, 7.4: no other coding was asked for; http.client takes what is coded for the content"),
+    "whitespace after chunked": Difference(
+        OTHER_END, "http.client", lambda it: any_of(rb"[ \t]*chunked[ \t]+", map(bytes.lower, it.codings)),
+        raw(IN_CHUNKS + " ", body=chunks(content=b"hello")),
+        "RFC 9110, 5.5: it is not part of the value; http.client takes the chunks themselves for content"),
+    # Content-Length.
+    "a Content-Length that is no number": Difference(
+        STRICTER, "http.client", lambda it: any(not re.fullmatch(b"[0-9]+", item) for item in items(it.lengths)),
+        raw("Content-Length: +5", body=b"hello"),
+        "RFC 9110, 8.6: digits; else, RFC 9112, 6.3, an unrecoverable error; http.client takes what int() does"),
+    "several values of Content-Length": Difference(
+        STRICTER, "http.client", lambda it: len(set(items(it.lengths))) > 1,
+        raw(FIVE, "Content-Length: 6", body=b"hello!"),
+        "RFC 9112, 6.3: an unrecoverable error; http.client takes the first, or reads to the end"),
+    "the same Content-Length several times in one field": Difference(
+        OTHER_END, "http.client", lambda it: any(b"," in value for value in it.lengths),
+        raw("Content-Length: 5, 5", body=b"hello, hello"),
+        "RFC 9112, 6.3: it holds if all are the same; http.client reads to the end"),
+    "a Content-Length of more than 18 digits": Difference(
+        STRICTER, BOTH, lambda it: any_of(b"[0-9]{19,}", items(it.lengths)),
+        raw(f"Content-Length: {5:019}", body=b"hello"),
+        "RFC 9110, 8.6: a recipient has to prevent errors from overflow; a limit does, at the price of a few zeros"),
+    # Chunks.
+    "the size of a chunk is no number": Difference(
+        STRICTER, "http.client", lambda it: any(
+            not any_of(rb"[0-9A-Fa-f]+[ \t]*([;\n].*)?", [line]) for line in it.chunk_heads),
+        raw(IN_CHUNKS, body=b"0x5\r\nhello\r\n0\r\n\r\n"),
+        "RFC 9112, 7.1: hexadecimal digits; http.client takes what int() does"),
+    "the size of a chunk of more than 15 digits": Difference(
+        STRICTER, BOTH, lambda it: any_of(b"[0-9A-Fa-f]{16}.*", it.chunk_heads),
+        raw(IN_CHUNKS, body=b"%016x\r\nhello\r\n0\r\n\r\n" % 5),
+        "RFC 9112, 7.1: a recipient has to prevent errors from overflow; a limit does, at the price of a few zeros"),
+    "whitespace after the size of a chunk": Difference(
+        STRICTER, BOTH, lambda it: any_of(rb"[0-9A-Fa-f]+[ \t]+", it.chunk_heads),
+        raw(IN_CHUNKS, body=b"5 \r\nhello\r\n0\r\n\r\n"),
+        "RFC 9112, 7.1 has none"),
+    "whitespace before the extension of a chunk": Difference(
+        LAXER, "h11", lambda it: any_of(rb"[0-9A-Fa-f]+[ \t]+;.*", it.chunk_heads),
+        raw(IN_CHUNKS, body=b"5 ;a=b\r\nhello\r\n0\r\n\r\n"),
+        "RFC 9112, 7.1.1 has it, as bad whitespace, which recipients have to take: RFC 9110, 5.6.3"),
+    "a bare LF in a chunk's head": Difference(
+        STRICTER, "http.client", lambda it: any(b"\n" in line for line in it.chunk_heads),
+        raw(IN_CHUNKS, body=b"5\nhello\r\n0\r\n\r\n"),
+        "RFC 9112, 7.1: CRLF; the licence of 2.2 is for lines of heads; http.client takes it for a line's end"),
+    "another control character in a chunk's head": Difference(
+        STRICTER, BOTH, lambda it: any_of(rb".*[\x00-\x08\x0b-\x1f\x7f].*", it.chunk_heads),
+        raw(IN_CHUNKS, body=b"5;a\x01\r\nhello\r\n0\r\n\r\n"),
+        "RFC 9112, 7.1.1: an extension has none"),
+    "a chunk that does not end with CRLF": Difference(
+        STRICTER, "http.client", lambda it: any_of(rb"(?!\r\n)..", it.chunk_ends),
+        raw(IN_CHUNKS, body=b"5\r\nhello--0\r\n\r\n"),
+        "RFC 9112, 7.1: CRLF; http.client does not look at these two bytes"),
+    # Cut off.
+    "a head without an end": Difference(
+        STRICTER, "http.client", lambda it: it.is_head_cut,
+        raw("A: b")[:-4],
+        "RFC 9112, 8: what is missing may be what gives it its meaning"),
+    "a last chunk or a trailer section without an end": Difference(
+        STRICTER, "http.client", lambda it: it.are_chunks_cut,
+        raw(IN_CHUNKS, body=b"5\r\nhello\r\n0\r\n"),
+        "RFC 9112, 8 would do with the chunk of size 0; but 7.1 has an empty line at the end of the message"),
+}  # fmt: skip
+
+
+def explanations(said: bytes, oracle: str, ours: Verdict, theirs: Verdict) -> list[str]:
+    """Return the names of the differences in the table that allow these verdicts."""
+    parts, kind = Parts(said), STRICTER if ours is None else LAXER if theirs is None else OTHER_END
+    return [
+        name
+        for name, one in DIFFERENCES.items()
+        if oracle in one.oracles and one.kind in (kind, OTHER_END) and one.is_in(parts)
+    ]
+
+
+Hear = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def hear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
+    """Return what a download comes to, with each client, when a server sends these bytes and closes.
+
+    They are received in pieces of the sizes that are given; what comes together is else for the system to say.
+    """
+    receive = socket.socket.recv
+    left: Iterator[int] = iter(())
+
+    def receive_less(sock: socket.socket, size: int, *flags: int) -> bytes:
+        return receive(sock, min(size, next(left, size)) if sock.family == socket.AF_INET else size, *flags)
+
+    def heard(said: bytes, sizes: Sequence[int] = ()) -> list[Any]:
+        nonlocal left
+        with Host(lambda _: [said, Do.FIN]) as host:
+            settings: dict[str, Any] = {"base_url": host.url, "timeout": 30, "retries": 0}
+            results = []
+            for client in (BoxerClient(**settings), PlainCalls(AsyncBoxerClient(**settings), clients.loop)):
+                left = iter(sizes)
+                with client:
+                    results.append(outcome(client, DOWNLOAD))
+            return results
+
+    monkeypatch.setattr(socket.socket, "recv", receive_less)
+    with nothing_left_behind(), contextlib.closing(Clients("async")) as clients:
+        yield heard
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_difference_from_other_readers_is_there(hear: Hear, name: str) -> None:
+    difference = DIFFERENCES[name]
+    said = difference.example
+    for ours in map(verdict_of, hear(said)):
+        for oracle in difference.oracles.split():
+            theirs = ORACLES[oracle](said)
+            assert ours != theirs
+            assert (ours is None, theirs is None) == (difference.kind == STRICTER, difference.kind == LAXER)
+            assert explanations(said, oracle, ours, theirs) == [name]  # so that the table needs it
+
+
+# How answers are spoilt: what may be replaced, and what with, in which X is what was there.
+WRONG_VALUES = ["", " 5", " 5, 5", " 6", " +5", " chunked", "chunked\t", " gzip", " chunked, chunked", " b\r\n c"]
+WRONG_FIELDS = [" A: b", "Content-Length : 5", "Transfer-Encoding\n: chunked", ": b", "A", "A: b\rC: d"]
+WRONG_FIELDS += [f"{name}:{value}" for name in ("Content-Length", "Transfer-Encoding") for value in WRONG_VALUES]
+WRONG_LINES = [
+    *(f"{field}\r\n".encode() for field in WRONG_FIELDS),
+    *(b"A: b\r\n" * 99, b"A: b\r\n" * 101, b"5\r\nhello\r\n", b"0\r\n\r\n", b"0x5\r\nhello\r\n", b"\r\n"),
+    *(raw(status=f"HTTP/{status}") for status in ("1.1 100 ", "1.1 101 ", "1.0 200", "2.0 200", "1.1 204")),
+    raw(status="HTTP/1.1 100 Continue") * 21,
+]
+SPOILERS = [
+    (rb"\r\n", [*b"\n|\r||\n\n|--|XX|X |X\t".split(b"|"), *(b"X" + line for line in WRONG_LINES)]),
+    (rb"[0-9A-Fa-f]+", b"+X|-X|0xX|X_0|X.0|X,X|X,6|X, 6|00000000000000X|000000000000000000X|F|1|0".split(b"|")),
+    (rb"[0-9A-Fa-f]+", [*b"X | X|X;a|X ;a|X;\x01|X\n".split(b"|"), b"X" * 20, b"X;" + b"x" * 4096]),
+    (rb"HTTP|[12]|[a-z]+", b"|X | X|2|1.0|\0|GZIP, X|X\t|xX|X,X".split(b"|")),
+    (rb".+", b'|XX| |\t|\0|\x01|\x0b|\x7f|\xb2|\xff|:|,|;|"|X\n|X\r'.split(b"|")),
+]
+
+
+@st.composite
+def valid_answers(draw: st.DrawFn) -> bytes:
+    """Make answers that are as they should be, and what follows them on the connection."""
+    content = draw(st.sampled_from([b"hello", b"0\r\n\r\n", b""]) | st.binary(max_size=9))
+    fields = draw(st.lists(st.sampled_from(["A: b", "X:", 'Y: \xe9\t"', "connection:close"]), max_size=3))
+    lengths = [f"{len(content)}", f"{len(content)}, {len(content)}", f"{len(content):018}"]
+    framings = [IN_CHUNKS, "transfer-encoding:CHUNKED", *(f"Content-Length: {length}" for length in lengths)]
+    framing = draw(st.sampled_from(framings))
+    statuses = ["1.1 200 OK", "1.1 200 ", "1.1 200", "1.9 200 OK", "1.1 204 No", "1.1 304 No", "1.1 404 \xe9"]
+    body, status = content, "HTTP/" + draw(st.sampled_from(statuses[:1] * 4 + statuses))
+    if "unked" in framing.lower():
+        sizes = draw(st.lists(st.integers(1, 5), max_size=3))
+        more = {"extension": st.sampled_from([b"", b";a", b' ;a="b"']), "trailer": st.sampled_from([b"", b"T: u\r\n"])}
+        body = chunks(*sizes, content=content, **draw(st.fixed_dictionaries(more)))
+    elif draw(st.booleans()):
+        status = status.replace("1.1", "1.0")
+    if draw(st.integers(0, 3)):
+        fields.insert(draw(st.integers(0, len(fields))), framing)
+    interim = [raw(status="HTTP/1.1 100 Continue"), raw("A: b", status="HTTP/1.1 103 Early Hints")]
+    before = draw(st.sampled_from([[], [], [], [], interim[:1], interim[1:], interim]))
+    after = draw(st.sampled_from([b"", b"\r\n", b"hello", RAN]))
+    return b"".join([*before, raw(*fields, status=status, body=body), after])
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> bytes:
+    """Make answers with some things replaced, cut off or not."""
+    tokens = re.findall(rb"\r\n|[0-9]+|[0-9A-Za-z]+|.", draw(valid_answers()), re.DOTALL)
+    line_end = draw(st.sampled_from([b"\r\n"] * 9 + [b"\n"]))
+    tokens = [line_end if token == b"\r\n" else token for token in tokens]
+    for _ in range(draw(st.integers(0, 3))):
+        what, replacements = draw(st.sampled_from(SPOILERS))
+        replacement = draw(st.sampled_from(replacements) | st.binary(min_size=1, max_size=1))
+        if places := [place for place, token in enumerate(tokens) if re.fullmatch(what, token, re.DOTALL)]:
+            place = draw(st.sampled_from(places))
+            tokens[place] = replacement.replace(b"X", tokens[place])
+    is_cut = draw(st.integers(0, 9)) == 9
+    return b"".join(tokens[: draw(st.integers(0, len(tokens)))] if is_cut else tokens)
+
+
+@examples()
+@hypothesis.given(said=answers(), sizes=st.lists(st.integers(1, 40), max_size=9) | st.just([1] * 200))
+def test_an_answer_is_taken_for_what_other_readers_take_it_for(hear: Hear, said: bytes, sizes: list[int]) -> None:
+    whole, in_pieces = hear(said), hear(said, sizes)
+    ours = verdict_of(whole[0])
+    for sync, asynchronous in (whole, in_pieces):
+        assert repr(sync) == repr(asynchronous)
+        assert verdict_of(sync) == ours
+    parts = Parts(said)
+    for name, difference in DIFFERENCES.items():
+        assert ours is None or difference.kind != STRICTER or not difference.is_in(parts), name
+    for oracle, heard_by in ORACLES.items():
+        theirs = heard_by(said)
+        assert theirs == ours or explanations(said, oracle, ours, theirs), oracle
+
+
+# What is given is refused, or arrives as it is and changes nothing else
+
+ODD_WORDS = [
+    *"\r\n\t\0\x1f\x7f\"'\\ %+&=;,?#@:/<Aa",
+    *"\x85\xa0\xad\xb2éİ世😀\u0301\u2028\u2029\u202e\ufeff\ud800\ud83d\ude00\udcff",
+    *("%0d%0a", "%00", "%zz", "%E9", '"; filename="evil', '\\"', "\r\n--", "--", "..", "//", "{}"),
+    *("\r\n", "\r\nX-Evil: 1", "\r\n\r\n", "\r\n\r\nGET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"),
+]
+PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
+ALL_BUT_SURROGATES = "".join(ODD_WORDS).encode("utf-8", "ignore").decode()
+odd_texts = st.lists(st.sampled_from(ODD_WORDS) | st.characters(exclude_categories=()), max_size=6).map("".join)
+
+
+def asked(request: Received) -> dict[str, Any]:
+    """Read a request by other means than the client's; in the result, only names of header fields have no space."""
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(request.head + request.body)
+    event, content = connection.next_event(), b""
+    assert isinstance(event, h11.Request)
+    while isinstance(data := connection.next_event(), h11.Data):
+        content += data.data
+    assert isinstance(data, h11.EndOfMessage) and connection.trailing_data == (b"", False)
+    said: dict[str, Any] = {name.decode(): value for name, value in event.headers}
+    assert len(said) == len(event.headers)
+    said.pop("content-length", None)
+    path, _, query = event.target.decode().partition("?")
+    said.update({"the method": event.method, "the path": urllib.parse.unquote_to_bytes(path)})
+    said["the query"] = urllib.parse.parse_qs(query, strict_parsing=bool(query), errors="strict")
+    if "authorization" in said:
+        said["authorization"] = base64.b64decode(said["authorization"].partition(b"Basic ")[2], validate=True)
+    kind, options = parameters(said.pop("content-type", b"").decode())
+    if kind == "multipart/form-data":
+        for disposition, pieces in Multipart(Content(io.BytesIO(content), len(content)), options["boundary"]).parts():
+            name = f"the part {disposition.pop('name')}"
+            assert name not in said
+            said[name] = disposition, b"".join(pieces)
+    elif content:
+        assert (kind, options) == ("application/json", {})
+        said.update({f"the member {name}": value for name, value in json.loads(content).items()})
+    return said
+
+
+class Place(NamedTuple):
+    """Where text may be given, and what of a request comes of it."""
+
+    call: Callable[[str], Call]
+    expected: Callable[[str], dict[str, Any]]
+    settings: Callable[[str, str], dict[str, Any]] = lambda _, here: {"base_url": f"http://{here}"}
+
+
+def arrived(client_of: Clients, place: Place, text: str) -> dict[str, Any] | None:
+    """Return the one request that a server sees; None if it was refused and the server sees nothing."""
+    is_refused = False
+    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
+        try:
+            with client_of(**place.settings(text, host.authority), retries=0) as client:
+                do(client, place.call(text))
+        except (BoxerValidationError, TypeError):
+            is_refused = True
+    if is_refused:
+        assert host.connections == 0
+        return None
+    (request,) = host.seen
+    return {
+        name: value.replace(host.authority.encode(), b"here") if isinstance(value, bytes) else value
+        for name, value in asked(request).items()
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def arrived_plain(client_of: Clients, place: Place) -> dict[str, Any]:
+    plain = arrived(client_of, place, "plain")
+    assert plain is not None and place.expected("plain").items() <= plain.items()
+    return plain
+
+
+def check_place(client_of: Clients, place: Place, text: str) -> None:
+    """Check that text arrives as it is, in a request that is otherwise one with plain text, or is refused."""
+    request, plain = arrived(client_of, place, text), arrived_plain(client_of, place)
+    if request is not None:
+        others = {name: value for name, value in plain.items() if name not in place.expected("plain")}
+        assert request == {**others, **place.expected(text)}
+
+
+def quoted(text: str) -> str:
+    return urllib.parse.quote(text, safe="", errors="surrogatepass")
+
+
+def unquoted(text: str) -> bytes:
+    return urllib.parse.unquote_to_bytes(text)
+
+
+def of_run(name: str, make: Callable[[str], Any] = str, member: Any = None) -> Place:
+    """Return a parameter of a run as a place; its member of the JSON is left out if it is empty."""
+    arguments = {"image": "i", "cmd": ["c"]}
+
+    def expected(text: str) -> dict[str, Any]:
+        value = (member or make)(text)
+        return {f"the member {name}": value} if value else {}
+
+    return Place(lambda text: ("run", (), {**arguments, name: make(text)}), expected)
+
+
+def path_part(text: str) -> dict[str, Any]:
+    return {"the part path": ({}, text.encode())}
+
+
+PLACES = {
+    "path of an upload": Place(lambda text: ("upload_file", (text, b""), {}), path_part),
+    "content of an upload": Place(
+        lambda text: ("upload_file", ("a", text), {}),
+        lambda text: {"the part file": ({"filename": "file"}, text.encode())}),
+    "path of a download": Place(
+        lambda text: ("download_file", (text,), {}), lambda text: {"the query": {"path": [text]}}),
+    "image": of_run("image"),
+    "program": of_run("cmd", lambda text: [text, "x"]),
+    "argument": of_run("cmd", lambda text: ["c", text]),
+    "folder": of_run("cwd"),
+    "file": of_run("files", lambda text: ["x", text]),
+    "network": of_run("network"),
+    "name in env": of_run("env", lambda text: {text: "x"}, lambda text: "=" not in text and [f"{text}=x"]),
+    "value in env": of_run("env", lambda text: {"A": text}, lambda text: [f"A={text}"]),
+    "entry of env": of_run("env", lambda text: [f"A={text}", "B=x"]),
+    "name of a header": Place(
+        lambda _: GET_HEALTH, lambda text: {text.lower(): b"x"},
+        lambda text, here: {"base_url": f"http://{here}", "headers": {text: "x"}}),
+    "value of a header": Place(
+        lambda _: GET_HEALTH, lambda text: {"x-a": text.strip(" ").encode("latin-1")},
+        lambda text, here: {"base_url": f"http://{here}", "headers": {"X-A": text}}),
+    "user in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": unquoted(quoted(text)) + b":x"},
+        lambda text, here: {"base_url": f"http://{quoted(text)}:x@{here}"}),
+    "password in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(quoted(text))},
+        lambda text, here: {"base_url": f"http://x:{quoted(text)}@{here}"}),
+    "password in the URL as it is": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(re.sub("[/?#]", "", text))},
+        lambda text, here: {"base_url": f"http://x:{re.sub('[/?#]', '', text)}@{here}"}),
+    # A question mark or number sign with nothing after it says nothing.
+    "path in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"the path": unquoted(f"/{text.rstrip('?#')}".rstrip("/")) + b"/healthz"},
+        lambda text, here: {"base_url": f"http://{here}/{text}"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+@examples(1 / 8)
+@hypothesis.example(text=PRINTABLE)
+@hypothesis.example(text=ALL_BUT_SURROGATES)
+@hypothesis.example(text="世")
+@hypothesis.given(text=odd_texts)
+def test_text_arrives_as_it_is_or_is_refused(client_of: Clients, name: str, text: str) -> None:
+    check_place(client_of, PLACES[name], text)
+
+
+@examples(1 / 8)
+@hypothesis.example(text="Bücher.EXAMPLE")
+@hypothesis.given(text=odd_texts)
+def test_a_host_arrives_as_it_is_or_is_refused(client_of: Clients, setenv: Any, text: str) -> None:
+    text = re.sub(r"[/?#@:%[\]]", "", text)  # what has a meaning of its own there
+
+    def settings(text: str, here: str) -> dict[str, Any]:
+        setenv("http_proxy", f"http://{here}")  # so that no name is looked up
+        return {"base_url": f"http://{text}"}
+
+    def expected(text: str) -> dict[str, Any]:
+        name = text.lower().encode("ascii" if text.isascii() else "idna")
+        return {"host": name, "the path": b"http://%b/healthz" % name}
+
+    check_place(client_of, Place(lambda _: GET_HEALTH, expected, settings), text)
+
+
+@examples(1 / 8)
+@hypothesis.example(name=PRINTABLE)
+@hypothesis.given(name=odd_texts)
+def test_a_local_file_s_name_arrives_as_it_is_or_is_refused(client_of: Clients, tmp_path: Path, name: str) -> None:
+    def file(name: str) -> Path:
+        path = Path(tempfile.mkdtemp(dir=tmp_path)) / name.replace("/", "")
+        path.write_bytes(b"")
+        return path
+
+    try:
+        file(name)
+    except (OSError, ValueError):
+        hypothesis.reject()  # this system has no such names
+    alone = Place(lambda name: ("upload_path", (file(name),), {}), lambda name: path_part(name.replace("/", "")))
+    in_folder = Place(
+        lambda name: ("upload_path", (file(name).parent, "x"), {}), lambda name: path_part(f"x/{name.replace('/', '')}")
+    )
+    for place in (alone, in_folder):
+        check_place(client_of, place, name)
+
+
+def test_boundaries_cannot_be_foreseen(client_of: Clients) -> None:
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        for _ in range(2000):
+            random.seed(0)
+            client.upload_file("a", b"")
+    random.seed()
+    matches = [re.search("boundary=([0-9a-f]{32})$", request.fields["content-type"]) for request in host.seen]
+    numbers = [int(match[1], 16) for match in matches if match]
+    assert len(set(numbers)) == 2000
+    # No bit is always the same, or can be told from others: there are 128 that are linearly independent.
+    independent: list[int] = []
+    for number in numbers:
+        rest = functools.reduce(lambda left, one: min(left, left ^ one), independent, number ^ numbers[0])
+        independent += [rest] if rest else []
+    assert len(independent) == 128
+
+
+def test_content_may_look_like_a_delimiter(client_of: Clients) -> None:
+    content = b""
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        for _ in range(5):
+            client.upload_file("a", content)
+            sent = host.seen[-1]
+            assert asked(sent)["the part file"] == ({"filename": "file"}, content)
+            boundary = sent.fields["content-type"].partition("=")[2].encode()
+            delimiters = [b"\r\n--%b\r\n" % boundary, b"\r\n--%b--\r\n" % boundary, b"--%b" % boundary, b"\r\n--"]
+            content = b"".join([*delimiters, sent.body, b"\r\n--" + boundary[:-1]])
 
 
 # TLS for tests
