@@ -526,8 +526,10 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) ->
     root = local.resolve()
     name = root.name if local.name in ("", "..") else local.name
     prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
-    paths = sorted(_walk(local, root, (root,)))
-    return [(path, f"{prefix}/{path.relative_to(local).as_posix()}") for path in paths]
+    files = [(path, f"{prefix}/{path.relative_to(local).as_posix()}") for path in sorted(_walk(local, root, (root,)))]
+    for _, remote in files:
+        _utf8("path", remote)
+    return files
 
 
 def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -785,7 +787,8 @@ def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
     return parts
 
 
-_HOST = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9A-Fa-f:.]+(%[\w.~-]+)?", re.ASCII)  # a name or an IPv6 address
+_HOST = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?", re.ASCII)
+_IPV6 = re.compile(r"[0-9A-Fa-f:.]+(%[\w.~-]+)?", re.ASCII)
 
 
 def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
@@ -794,7 +797,8 @@ def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
         host = ""
-    if not _HOST.fullmatch(host):
+    is_bracketed = parts.netloc.rpartition("@")[2].startswith("[")
+    if not (_IPV6 if is_bracketed else _HOST).fullmatch(host) or is_bracketed != (":" in host):
         raise BoxerValidationError(f"the host in {name} is not a name or address")
     host = f"[{host}]" if ":" in host else host
     port = parts.port or _DEFAULT_PORTS[parts.scheme]
@@ -805,7 +809,10 @@ def _basic(name: str, parts: urllib.parse.SplitResult) -> dict[str, str]:
     """Return the field for the credentials in a URL (RFC 7617), if there are any."""
     if parts.username is None:
         return {}
-    pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
+    user, password = map(urllib.parse.unquote_to_bytes, (parts.username, parts.password or ""))
+    if b":" in user:
+        raise BoxerValidationError("the user name in a URL must have no colon")
+    pair = user + b":" + password
     return {name: "Basic " + base64.b64encode(pair).decode("ascii")}
 
 
@@ -1162,7 +1169,7 @@ def _decoded_fields(lines: str) -> list[tuple[str, str]]:
 
 def _decoded_length(value: str) -> int:
     """Decode Content-Length; repeated, it is valid if it says the same each time (RFC 9112, section 6.3)."""
-    length, *others = {length.strip() for length in value.split(",")} if "," in value else (value,)
+    length, *others = {length.strip(" \t") for length in value.split(",")} if "," in value else (value,)
     if others or not _LENGTH.fullmatch(length):
         raise _ProtocolError(f"Content-Length {value[:40]!r} is not a length")
     return int(length)
