@@ -5392,9 +5392,15 @@ def test_secrets_are_never_shown(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def found(program: str) -> str | None:
+    """Return where a program is; a plain user's PATH often lacks the folders of servers."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{DEFAULT_PATH}")
+
+
 def test_this_machine_has_what_its_owner_says_it_has() -> None:
-    """Where BOXER_TEST_REQUIRE names a sandbox, none other will do: an automated run must not pass without."""
-    assert os.environ.get("BOXER_TEST_REQUIRE", WHERE) == WHERE
+    """Where BOXER_TEST_REQUIRE names a sandbox and programs, they are here: an automated run must not pass without."""
+    required = os.environ.get("BOXER_TEST_REQUIRE", "").split()
+    assert [name for name in required if name != WHERE and not found(name)] == []
 
 
 def test_an_answer_to_a_run_is_not_taken_in_without_bounds(client_of: Clients) -> None:
@@ -5655,6 +5661,314 @@ def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next(tidy: None)
 
     with Host(lambda _: [WELL]) as host:
         asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Behind nginx and HAProxy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nginx_settings(proxy: Proxy) -> str:
+    """Return what a Boxer server needs of nginx: bodies of more than 1 MiB, and HTTP/1.1, to tell a whole answer.
+
+    Runs of more than 60 s need a longer `proxy_read_timeout`, too. One whose client has gone is killed, unless
+    `proxy_ignore_client_abort` is on.
+    """
+    folders = " ".join(f"{name}_temp_path {name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    tls = f"ssl_certificate {proxy.pem}; ssl_certificate_key {proxy.pem};" if proxy.pem else ""
+    return f"""
+        daemon off; pid nginx.pid; error_log stderr; {"user root;" if os.getuid() == 0 else ""}
+        events {{}}
+        http {{
+            access_log off; {folders}
+            client_max_body_size 0; proxy_http_version 1.1;
+            gzip on; gzip_proxied any; gzip_types *; gzip_min_length 1;
+            server {{
+                listen 127.0.0.1:{proxy.port} {"ssl" if tls else ""}; {tls}
+                {proxy.settings}
+                location / {{ proxy_pass {proxy.server_url}; }}
+            }}
+        }}"""
+
+
+def haproxy_settings(proxy: Proxy) -> str:
+    """Return what a Boxer server needs of HAProxy: `abortonclose`, or a run whose client has gone is not killed.
+
+    Runs that take longer need a longer `timeout server`; `timeout client` does not count while they go on.
+    """
+    # One thread, so that things happen in the order in which they are due.
+    return f"""
+global
+    nbthread 1
+    maxconn 200
+defaults
+    mode http
+    option abortonclose
+    timeout connect 30s
+    timeout client 30s
+    timeout server 30s
+    compression algo gzip
+listen boxer
+    bind fd@{proxy.listener.fileno()} {f"ssl crt {proxy.pem}" if proxy.pem else ""}
+    {proxy.settings}
+    server boxer {urllib.parse.urlsplit(proxy.server_url).netloc}
+"""
+
+
+SETTINGS = {"nginx": nginx_settings, "haproxy": haproxy_settings}
+
+
+class Proxy:
+    """nginx or HAProxy, in front of a server; a context manager.
+
+    It is handed a socket that listens already: nobody else can take its port, and nobody comes too early.
+    `settings` are those of nginx's `server` and of HAProxy's `listen`; each takes its own.
+    """
+
+    def __init__(self, name: str, folder: Path, server_url: str, pem: str = "", **settings: str) -> None:
+        self.name, self.folder, self.server_url, self.pem = name, folder, server_url, pem
+        self.settings = settings.get(name, "")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)  # as nginx expects of a socket that it inherits
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http{'s' if pem else ''}://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Proxy:
+        (self.folder / "settings").write_text(SETTINGS[self.name](self))
+        self.start("-t" if self.name == "nginx" else "-c")  # says what is wrong with the settings, and ends
+        assert self.processes.pop().wait() == 0, self.log.read_text()
+        self.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        is_up = self.processes[-1].poll() is None
+        for process in self.processes:
+            self.end(process)
+        self.listener.close()
+        if kind is not None or not is_up:
+            print(self.name, self.log.read_text())
+        assert is_up or kind is not None, f"{self.name} has ended by itself"
+
+    def start(self, *options: str) -> None:
+        number = self.listener.fileno()
+        arguments = {"nginx": ["-p", str(self.folder), "-c", "settings"], "haproxy": ["-db", "-f", "settings"]}
+        environment = {**os.environ, "NGINX": f"{number};"}  # as nginx hands its sockets on to the next nginx
+        with open(self.log, "ab") as log:
+            process = subprocess.Popen(
+                [found(self.name) or self.name, *arguments[self.name], *options],
+                cwd=self.folder,
+                env=environment,
+                pass_fds=[number],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.processes.append(process)
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        while process.poll() is None:  # again and again: nginx can miss a signal while it starts
+            process.terminate()
+            threading.Event().wait(0.01)
+
+    def restart(self) -> None:
+        """Close all connections."""
+        self.end(self.processes[-1])
+        self.start()
+
+    def reload(self) -> None:
+        """Begin anew, and let the old process answer what it was asked before."""
+        self.start()
+        self.processes[-2].send_signal(signal.SIGQUIT if self.name == "nginx" else signal.SIGUSR1)
+
+
+@pytest.fixture(params=SETTINGS)
+def proxy_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Proxy]:
+    """Put a proxy in front of a server, `proxy_of(server_url, nginx="its settings;", haproxy="its settings")`."""
+    if not found(request.param):
+        pytest.skip(f"{request.param} is not installed on this machine")
+    return lambda *args, **settings: Proxy(request.param, Path(tempfile.mkdtemp(dir=tmp_path)), *args, **settings)
+
+
+@pytest.fixture(scope="session")
+def pem(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Make a file of a certificate and its key, as both proxies read it."""
+    path = tmp_path_factory.mktemp("certificate") / "proxy.pem"
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(path))
+    return str(path)
+
+
+with_programs = pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
+SLEEP: Call = ("run", ("python:3.12-slim", ["sleep", "29"]), {})
+TWICE = ["sh", "-c", "cat /in.bin /in.bin > /output/out.bin; echo hello; seq 5000 >&2"]
+
+
+@with_programs
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_every_call_works_through_a_proxy(
+    client_of: Clients, proxy_of: Any, ca: trustme.CA, pem: str, is_tls: bool
+) -> None:
+    content = os.urandom(4 * MIB)
+    with StandIn() as server, proxy_of(server.url, pem if is_tls else "") as proxy:
+        client = client_of(proxy.url, ssl_context=trusting(ca) if is_tls else None)
+        assert client.health()
+        client.upload_file("in.bin", content)
+        result = client.run("python:3.12-slim", TWICE, files=["in.bin"], persist=True, check=True)
+        assert (result.stdout, result.stderr) == ("hello\n", "".join(f"{n}\n" for n in range(1, 5001)))
+        assert client.download_file(result.output_path("out.bin")) == content * 2
+        client.upload_file("anew.bin", Unseekable(content))
+        assert client.download_file("anew.bin") == content
+        assert server.runs == 1
+
+
+@with_programs
+def test_a_run_that_outlasts_a_proxys_patience_is_a_504_and_is_not_sent_again(
+    client_of: Clients, proxy_of: Any
+) -> None:
+    short = {"nginx": "proxy_read_timeout 200ms;", "haproxy": "timeout server 200ms"}
+    with StandIn() as server, proxy_of(server.url, **short) as hasty, proxy_of(server.url) as patient:
+        assert is_own_page(outcome(client_of(hasty.url), SLEEP), 504, "Gateway Time-out")
+        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
+        assert client_of(patient.url).run("python:3.12-slim", ["sleep", "0.4"]).ok
+
+
+def is_own_page(got: Any, status: int, phrase: str) -> bool:
+    """Say whether this is the error for a proxy's own page: what the page says, as one line without tags."""
+    page = rf"{status} {phrase}: {status} {phrase} (nginx/[0-9.]+|[A-Z][^<>\n]+\.)"
+    return is_expected(got, refusal(status)) and re.fullmatch(page, str(got)) is not None
+
+
+@with_programs
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_a_run_that_is_broken_off_is_killed_behind_a_proxy(
+    client_of: Clients, proxy_of: Any, ca: trustme.CA, pem: str, is_tls: bool
+) -> None:
+    with StandIn() as server, proxy_of(server.url, pem if is_tls else "") as proxy:
+        client = client_of(proxy.url, ssl_context=trusting(ca) if is_tls else None)
+        error = broken_off(client, SLEEP, lambda: server.wait_for(lambda: server.runs_live, 60))
+        assert isinstance(error, (asyncio.CancelledError, BoxerConnectionError))
+        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
+
+
+def broken_off(client: Any, call: Call, wait_until_it_goes_on: Callable[[], object]) -> Any:
+    """Make a call and break it off: cancel its task, or close the client from another thread; return its error."""
+
+    async def main() -> Any:
+        task = asyncio.ensure_future(do(client.client, call))
+        await asyncio.get_running_loop().run_in_executor(None, wait_until_it_goes_on)
+        task.cancel()
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    if isinstance(client, PlainCalls):
+        return client.loop.run_until_complete(main())
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(do, client, call)
+        wait_until_it_goes_on()
+        client.close()
+        return future.exception()
+
+
+def wait_out_keepalive(proxy: Proxy) -> None:
+    """Have two connections of our own closed for idleness, one after the other; older ones are closed by then."""
+    for _ in range(2):
+        with Wire(proxy.url) as wire:
+            wire.socket.sendall(get("/healthz"))
+            assert wire.file.read().endswith(b"}")
+
+
+# Ways in which a proxy closes a connection between two calls: settings for both, and what makes it happen.
+CLOSES: dict[str, tuple[dict[str, str], Callable[[Proxy], None]]] = {
+    "it was idle": (
+        {"nginx": "keepalive_timeout 100ms;", "haproxy": "timeout http-keep-alive 100ms"},
+        wait_out_keepalive,
+    ),
+    "one call was all": ({"nginx": "keepalive_requests 1;", "haproxy": "option httpclose"}, lambda proxy: None),
+    "restart": ({}, Proxy.restart),
+}
+
+
+@pytest.mark.parametrize("why", CLOSES)
+def test_a_connection_that_a_proxy_has_closed_disturbs_no_run(client_of: Clients, proxy_of: Any, why: str) -> None:
+    settings, close = CLOSES[why]
+    with Host(lambda request: [RAN if "/run" in request.line else WELL]) as host:
+        with proxy_of(host.url, **settings) as proxy:
+            client = client_of(proxy.url, retries=0)
+            assert client.run("image", ["true"]) == RESULT
+            close(proxy)
+            assert client.run("image", ["true"]) == RESULT
+        assert sum("/run" in request.line for request in host.seen) == 2
+
+
+def test_a_reload_of_a_proxy_during_a_run_disturbs_none(client_of: Clients, proxy_of: Any) -> None:
+    with Host(lambda request: [proxy.reload, RAN]) as host:
+        with proxy_of(host.url) as proxy:
+            client = client_of(proxy.url, retries=0)
+            for _ in range(2):
+                assert client.run("image", ["true"]) == RESULT
+                proxy.processes[-2].wait()
+        assert len(host.seen) == 2
+
+
+@pytest.mark.parametrize("call", [RUN_IT, PUT_FILE, DOWNLOAD], ids=["run", "upload", "download"])
+def test_a_post_that_a_server_dies_of_behind_a_proxy_is_sent_once(
+    client_of: Clients, proxy_of: Any, call: Call
+) -> None:
+    with Host(lambda request: [WELL] if "/healthz" in request.line else [Do.FIN]) as host:
+        with proxy_of(host.url) as proxy:
+            fresh, used = client_of(proxy.url), client_of(proxy.url)
+            assert is_own_page(outcome(fresh, call), 502, "Bad Gateway")
+            assert used.health()
+            got = outcome(used, call)
+        # HAProxy says 502 to the first request of a connection alone. At a later one it closes the connection without
+        # a word, for the client to send the request once more; which is done with a download, over a new connection.
+        is_silent = proxy.name == "haproxy" and call is not DOWNLOAD and is_expected(got, lost())
+        assert is_silent or is_own_page(got, 502, "Bad Gateway")
+        assert len(host.seen) == 3 or call is DOWNLOAD
+
+
+def test_a_proxy_without_a_server_says_502_or_503_and_the_latter_is_tried_again(
+    client_of: Clients, proxy_of: Any, clock: Clock
+) -> None:
+    with proxy_of(refused_url(), haproxy="retries 0") as proxy:
+        got, is_nginx = outcome(client_of(proxy.url), RUN_IT), proxy.name == "nginx"
+        assert len(clock.pauses) == (0 if is_nginx else 2)
+    assert is_own_page(got, *((502, "Bad Gateway") if is_nginx else (503, "Service Unavailable")))
+
+
+# Who refuses uploads of 64 MiB, and how: the proxies' settings, the server's own limit, and how many there are.
+DENIAL = "http-request deny deny_status 413 if { req.body_size gt 1048576 }"
+TOO_LARGE: dict[str, tuple[str, str, int | None, int]] = {
+    "the proxy": ("client_max_body_size 1m;", DENIAL, None, 10),
+    "the proxy, and resets": ("client_max_body_size 1m; lingering_close off;", DENIAL, None, 10),
+    "the server": ("proxy_request_buffering off;", "", MIB, 10),
+    "the server, once nginx has it all": ("", "", MIB, 2),
+}
+
+
+@pytest.mark.parametrize("who", TOO_LARGE)
+def test_a_413_behind_a_proxy_arrives(client_of: Clients, proxy_of: Any, who: str, large_file: Path) -> None:
+    nginx, haproxy, limit, times = TOO_LARGE[who]
+    settings = {"nginx": nginx, "haproxy": haproxy}
+    with StandIn(upload_limit=limit or 100 * MIB) as server, proxy_of(server.url, **settings) as proxy:
+        client = client_of(proxy.url)
+        for got in itertools.islice(uploads(client, large_file), times):
+            if limit:
+                assert is_expected(got, refusal(413, "upload exceeds limit")), got
+            else:
+                assert is_own_page(got, 413, "(Request Entity|Payload) Too Large"), got
+        assert client.health()
+
+
+@pytest.mark.parametrize("cut", [raw(IN_CHUNKS, body=chunks(80)[:-5]), answer(RUN)[:-1]], ids=["chunked", "sized"])
+def test_an_answer_cut_off_behind_a_proxy_is_no_answer(client_of: Clients, proxy_of: Any, cut: bytes) -> None:
+    with Host(lambda request: [WELL] if "/healthz" in request.line else [cut, Do.FIN]) as host:
+        with proxy_of(host.url) as proxy:
+            client = client_of(proxy.url, retries=0)
+            for call in (RUN_IT, DOWNLOAD):
+                assert is_expected(outcome(client, call), lost("within the content"))
+                assert client.health()
+        assert sum("/run" in request.line for request in host.seen) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
