@@ -1319,7 +1319,8 @@ class _Connection:
             move = self._tls.move if self._tls else self.move
             was_sent = await self._converse(head, call.request.body, decoder, move)
         except (_ProtocolError, ssl.SSLError) as error:
-            raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from self._loss or error
+            why = f" ({self._loss})" if self._loss else ""
+            raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from self._loss or error
         assert decoder.response is not None  # a conversation ends when the decoder has completed it
         was_sent = was_sent and not self.has_unsent()
         if decoder.response.is_success and not was_sent:
