@@ -4710,6 +4710,21 @@ def test_the_wait_for_a_free_connection_does_not_count(client_of: Clients, clock
         assert gather(client_of(host.url, max_connections=1), calls) == [RESULT, RESULT]
 
 
+@pytest.mark.parametrize("max_connections", [1, 3])
+def test_a_deadline_that_passes_hurts_no_other_call(client_of: Clients, max_connections: int) -> None:
+    is_over = threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        return [lambda: is_over.wait(30), Do.FIN] if "slow" in request.json["cmd"] else [RAN]
+
+    with Host(respond) as host:
+        client = client_of(host.url, max_connections=max_connections)
+        slow, *others = gather(client, [run("slow", timeout=0.2), *[run(timeout=30)] * 4])
+        is_over.set()
+        assert is_expected(slow, (BoxerTimeoutError, 0, "0.2 s"))
+        assert others == [RESULT] * 4
+
+
 @pytest.mark.parametrize("call", [LARGE, DOWNLOAD], ids=["upload", "download"])
 def test_what_keeps_moving_outlives_its_timeout(client_of: Clients, clock: Clock, call: Call) -> None:
     with Host(lambda request: [answer(bytes(64 * MIB)) if call is DOWNLOAD else STORED]) as host:
