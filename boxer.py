@@ -10,14 +10,14 @@ This file is the whole client. It needs nothing but Python 3.9 or later: copy it
 package `boxer-sdk`, which holds this same file. There are two clients with the same methods: `BoxerClient` blocks,
 and any number of threads may share one; `AsyncBoxerClient` is for asyncio.
 
-The sections, each of which knows only what stands above it:
+The sections, each of which builds on those above it (and raises what Errors defines):
 
     Data           what is asked for and what comes back; the names of the JSON
     Errors         the tree of exceptions, and which status code becomes which
     Requests       a builder for each endpoint: checks, JSON, multipart
     Responses      an interpreter for each endpoint: a value or the right error
     Policy         base URL, proxy, deadline, and what may be sent again
-    Wire           HTTP/1.1 and TLS as state machines over bytes, without I/O
+    Wire           HTTP/1.1 and TLS as state machines over bytes, and what is said over a connection
     Both clients   a pool of connections, and the tries of a call
     Sync client    a urllib opener whose handler moves the bytes over sockets
     Async client   the same over an asyncio transport
@@ -36,6 +36,7 @@ import base64
 import collections
 import contextlib
 import copy
+import functools
 import html
 import io
 import itertools
@@ -367,6 +368,7 @@ _PIECE = 256 * 1024  # bytes of content that are read, sent and received at a ti
 # Bytes to receive as long as no more come at a time: where the allocator gives a whole _PIECE back to the system each
 # time, that takes 20 µs, more than all the rest of receiving a small answer.
 _SMALL_PIECE = 16 * 1024
+_LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
 _ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
 
 
@@ -682,7 +684,8 @@ def _json_integer(digits: str) -> int:
 _JSON_DECODER = json.JSONDecoder(parse_int=_json_integer)
 
 
-_MARKUP = re.compile(r"<!--.*?-->|<(style|script|title)\b.*?</\1\s*>|<[^<>]*>", re.DOTALL | re.IGNORECASE)
+# What is not ended goes to the end: to look for an end that is not there, from each beginning, would take for ever.
+_MARKUP = re.compile(r"<!--.*?(?:-->|\Z)|<(style|script|title)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>", re.DOTALL | re.IGNORECASE)
 
 
 def _reason(response: _Response) -> str:
@@ -717,7 +720,6 @@ def _status(response: _Response) -> str:
 
 
 _CLIENTS: Any = ...  # the default of a parameter for which None has a meaning: the client's setting
-_LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
 
 
 class _Origin(NamedTuple):
@@ -916,12 +918,6 @@ class _Call:
     def waited(self, seconds: float) -> None:
         """Do not count the wait for a free connection."""
         self._end += seconds
-
-    def no_connection(self, host: str, port: int, error: OSError | None) -> BoxerError:
-        """Return the error for a connection that could not be made."""
-        if self.left <= 0:
-            return self.timed_out(f"{host}:{port}")
-        return BoxerConnectionError(f"{host}:{port}: no connection could be made: {error}", request_sent=False)
 
     def timed_out(self, peer: str) -> BoxerTimeoutError:
         what = "no progress" if self.is_moving else "no complete answer"
@@ -1265,6 +1261,7 @@ class _Connection:
 
     call: _Call  # whose request is being exchanged
     is_blocked = False  # what was to be sent is not, since the peer does not take it
+    is_cut_short = False  # what was to be sent never was, since the connection was lost
 
     def __init__(self, route: _Route, peer: str) -> None:
         self.route = route
@@ -1276,9 +1273,9 @@ class _Connection:
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
         self._tls: _Tls | None = None
 
-    async def open(self, context: ssl.SSLContext | None, call: _Call) -> _Response | None:
+    async def open(self, context: ssl.SSLContext | None) -> _Response | None:
         """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
-        self.call, call.is_moving = call, False
+        self.call.is_moving = False
         route = self.route
         try:
             if route.tunnel is not None:
@@ -1310,9 +1307,9 @@ class _Connection:
             raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
         return None
 
-    async def exchange(self, head: bytes, call: _Call) -> _Response:
+    async def exchange(self, head: bytes) -> _Response:
         """Send a request and receive its response."""
-        self.call = call
+        call = self.call
         self.has_sent = self.is_reusable = False
         decoder = _Decoder(call.request.method, call.request.content_limit)
         try:
@@ -1322,7 +1319,7 @@ class _Connection:
             why = f" ({self._loss})" if self._loss else ""
             raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from self._loss or error
         assert decoder.response is not None  # a conversation ends when the decoder has completed it
-        was_sent = was_sent and not self.has_unsent()
+        was_sent = was_sent and not self.is_blocked and not self.is_cut_short
         if decoder.response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
@@ -1358,7 +1355,7 @@ class _Connection:
                     step = b"" if self.is_blocked else await self.next_piece(pieces)
         return not isinstance(body, _Multipart) or body.is_given
 
-    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+    async def connect(self, address: Any, seconds: float) -> None:
         """Connect to one of the addresses that socket.getaddrinfo has returned; raise OSError if that fails."""
         raise NotImplementedError
 
@@ -1377,15 +1374,11 @@ class _Connection:
         """Tell whether the connection is open, and nothing has arrived on it."""
         raise NotImplementedError
 
-    def has_unsent(self) -> bool:
-        """Tell whether bytes that were to be sent are still here."""
-        return self.is_blocked
-
     def close(self) -> None:
         """Close the connection at once, if it is open."""
         raise NotImplementedError
 
-    def leave(self) -> None:
+    def close_copy(self) -> None:
         """Close this process's copy of the connection, without a word to the peer."""
         raise NotImplementedError
 
@@ -1426,14 +1419,13 @@ class _Pool(Generic[_C]):
             connection = self._take(route, call)
             if connection is not None:
                 try:
-                    return await connection.exchange(head, call)
+                    return await connection.exchange(head)
                 except BoxerConnectionError as error:
                     if not call.goes_once_more(error):
                         raise
                     connection.close()
             connection = await self._connect(route, call)
-            refusal = await connection.open(context, call)
-            return refusal or await connection.exchange(head, call)
+            return await connection.open(context) or await connection.exchange(head)
         finally:
             self.leave(call)
 
@@ -1446,19 +1438,22 @@ class _Pool(Generic[_C]):
             turn = self._waiting[call] = self._new_turn()
         since = time.monotonic()
         call.abort = turn.set
-        if not self.is_closed:
+        if not self.is_closed and call.left > 0:
             await self._wait_for(turn)
         call.waited(time.monotonic() - since)
+        if call not in self._busy:
+            raise self._stopped(call, "while it waited for its turn")
 
     def leave(self, call: _Call) -> None:
         """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""
         call.abort = None
         with self._lock:
             connection = self._busy.get(call)
-            if connection is not None:
+            if connection is not None and connection.call is call:
                 self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
             self._busy.pop(call, None)
             self._waiting.pop(call, None)
+            self._pausing.discard(call)
             while self._waiting and len(self._busy) < self._size:
                 following, turn = next(iter(self._waiting.items()))
                 turn.set()
@@ -1466,8 +1461,12 @@ class _Pool(Generic[_C]):
                 del self._waiting[following]
 
     def mend(self, call: _Call) -> None:
-        """Take back what an interrupted call has, and release the lock: on Python 3.9 an interrupt can skip that."""
+        """Take back what an interrupted call has."""
         self.leave(call)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Release the lock if an interrupt has kept this thread from doing so, as it can on Python 3.9."""
         with contextlib.suppress(RuntimeError):  # now it is not this thread's
             while True:
                 self._lock.release()
@@ -1499,32 +1498,46 @@ class _Pool(Generic[_C]):
             connection.close()
 
     def _hold(self, call: _Call, connection: _C) -> None:
+        connection.call = call
         self._busy[call] = connection
-        call.abort = connection.abort
+        call.abort = functools.partial(self._break_off, call)
+
+    def _break_off(self, call: _Call) -> None:
+        """Abort a call's connection, if it still is the call's."""
+        with self._lock:
+            connection = self._busy.get(call)
+            if connection is not None:
+                connection.abort()
+
+    def _stopped(self, call: _Call, peer: str) -> BoxerError:
+        """Return the error for a call that cannot go on: this client has been closed, or its time is up."""
+        if self.is_closed:
+            return BoxerConnectionError(f"{peer}: the client was closed", request_sent=False)
+        return call.timed_out(peer)
 
     async def _connect(self, route: _Route, call: _Call) -> _C:
         """Connect to the first of a name's addresses that lets it."""
         host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
-        connection = self._new_connection(route, f"{host}:{port}")
-        self._hold(call, connection)
-        last: OSError | None = None
+        peer, last = f"{host}:{port}", None
         addresses: Sequence[Any] = ()
         try:
             addresses = () if self.is_closed else await self._addresses(host, port, call)
         except OSError as error:
             last = error
         for position, address in enumerate(addresses):
+            if self.is_closed or call.left <= 0:
+                break
+            connection = self._new_connection(route, peer)
+            self._hold(call, connection)
             try:
-                await connection.connect(address, call.left / (len(addresses) - position), call)  # they share it
+                await connection.connect(address, call.left / (len(addresses) - position))  # they share what is left
                 return connection
             except OSError as error:
                 connection.close()
                 last = error
-            if self.is_closed or call.left <= 0:
-                break
-        if self.is_closed:
-            raise BoxerConnectionError(f"{host}:{port}: the client was closed", request_sent=False) from last
-        raise call.no_connection(host, port, last) from last
+        if self.is_closed or call.left <= 0:
+            raise self._stopped(call, peer) from last
+        raise BoxerConnectionError(f"{peer}: no connection could be made: {last}", request_sent=False) from last
 
     async def pause(self, call: _Call, seconds: float) -> None:
         """Wait before the next try of a call, unless it is broken off."""
@@ -1532,8 +1545,9 @@ class _Pool(Generic[_C]):
         try:
             await self._pause(call, seconds)
         finally:
-            self._pausing.discard(call)
-            call.abort = None
+            self.leave(call)
+        if self.is_closed or call.left <= 0:
+            raise self._stopped(call, f"{call.request.method} {call.request.target.partition('?')[0]}")
 
     def close(self) -> None:
         """Close what is idle, and break off what is going on."""
@@ -1550,7 +1564,7 @@ class _Pool(Generic[_C]):
     def leave_to_parent(self) -> None:
         """Close a forked child's copies of the connections, with which its parent goes on."""
         for connection in self.connections():
-            connection.leave()
+            connection.close_copy()
 
     def connections(self) -> list[_C]:
         busy = (connection for connection in self._busy.values() if connection is not None)
@@ -1629,27 +1643,25 @@ class _Client:
         return _Call(request, seconds, retries, self._settings["retries"])
 
     async def _exchange(self, call: _Call) -> _Response:
+        pool = self._current_pool()
         while True:
             try:
-                response = await self._sent(call)
+                response = await self._sent(call, pool)
                 pause = call.pause_after(response)
                 if pause is None:
                     return response
             except BoxerConnectionError as error:
-                pause = None if self._is_closed else call.pause_after(error)
+                pause = None if pool.is_closed else call.pause_after(error)
                 if pause is None:
                     raise
-            await self._current_pool().pause(call, pause)
-            if self._is_closed:
-                raise BoxerConnectionError(f"{self._origin.authority}: the client was closed", request_sent=False)
+            await pool.pause(call, pause)
 
-    async def _sent(self, call: _Call) -> _Response:
+    async def _sent(self, call: _Call, pool: _Pool[Any]) -> _Response:
         method, target, fields = call.request[:3]
         head = _encoded_head(method, self._origin.prefix + target, {**self._fields, **fields})
-        response: _Response = await self._current_pool().exchange(self._route, self._context, head, call)
-        return response
+        return await pool.exchange(self._route, self._context, head, call)
 
-    def _current_pool(self) -> Any:
+    def _current_pool(self) -> _Pool[Any]:
         raise NotImplementedError
 
 
@@ -1684,7 +1696,7 @@ class _SyncConnection(_Connection):
         self._room = _SMALL_PIECE  # to receive into
         self._unsent = memoryview(b"")
 
-    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+    async def connect(self, address: Any, seconds: float) -> None:
         family, kind, protocol, _, where = address
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setblocking(False)
@@ -1741,7 +1753,7 @@ class _SyncConnection(_Connection):
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:  # what the server said before may still be there to be read
-            self.lost = error
+            self.lost, self.is_cut_short = error, True
             self._unsent = memoryview(b"")
         self.is_blocked = bool(self._unsent)
 
@@ -1761,9 +1773,9 @@ class _SyncConnection(_Connection):
 
     def close(self) -> None:
         _shut_down(self._socket)
-        self.leave()
+        self.close_copy()
 
-    def leave(self) -> None:
+    def close_copy(self) -> None:
         if self._socket is not None:
             self._socket.close()
 
@@ -1791,7 +1803,7 @@ class _SyncPool(_Pool[_SyncConnection]):
     async def _pause(self, call: _Call, seconds: float) -> None:
         is_over = threading.Event()
         call.abort = is_over.set
-        if not self.is_closed:
+        if not self.is_closed and call.left > 0:
             is_over.wait(seconds)
 
     def _new_connection(self, route: _Route, peer: str) -> _SyncConnection:
@@ -1827,14 +1839,19 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def __init__(self, max_connections: int, context: ssl.SSLContext | None) -> None:
         self._size = max_connections
         self._context = context
-        self._pool = _SyncPool(max_connections)
+        self._pools: dict[int, _SyncPool] = {}  # by process
 
     def pool(self) -> _SyncPool:
         """Return the pool of this process: in a forked child, its parent goes on with the connections."""
-        if self._pool.process != os.getpid():
-            inherited, self._pool = self._pool, _SyncPool(self._size)
-            inherited.leave_to_parent()
-        return self._pool
+        process = os.getpid()
+        pool = self._pools.get(process)
+        if pool is None:
+            pool = self._pools.setdefault(process, _SyncPool(self._size))
+            for other in set(self._pools) - {process}:
+                inherited = self._pools.pop(other, None)  # another thread may have been here
+                if inherited is not None:
+                    inherited.leave_to_parent()
+        return pool
 
     def http_open(self, request: Any) -> _Response:
         fields = {**request.headers, **request.unredirected_hdrs}
@@ -1891,6 +1908,8 @@ class BoxerClient(_Client):
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
         handlers = tuple(handlers)
+        if not all(hasattr(handler, "add_parent") for handler in handlers):
+            raise TypeError("each of handlers must be a urllib.request.BaseHandler")
         if any(isinstance(handler, urllib.request.HTTPRedirectHandler) for handler in handlers):
             raise BoxerValidationError("redirects are not followed: leave out the HTTPRedirectHandler")
         settings = {"retries": retries, "max_connections": max_connections, "headers": headers}
@@ -1910,8 +1929,12 @@ class BoxerClient(_Client):
 
     def close(self) -> None:
         """Close all connections; calls that are going on in other threads end with BoxerConnectionError."""
+        try:
+            self._drop_connections()
+        except BaseException:
+            self._current_pool().unlock()
+            raise
         self._is_closed = True
-        self._drop_connections()
 
     def _drop_connections(self) -> None:
         self._current_pool().close()
@@ -1985,6 +2008,7 @@ class BoxerClient(_Client):
         leaves the folder, leads nowhere, or to a folder it is in. Several files are sent at a time; each has a
         deadline of its own.
         """
+        self._check_open()
         files = _local_files(local_path, remote_path)
 
         def upload(file: tuple[Path, str], begin: Callable[[_Call], None]) -> None:
@@ -2009,9 +2033,9 @@ class BoxerClient(_Client):
             self._current_pool().mend(call)
             raise
 
-    async def _sent(self, call: _Call) -> _Response:
+    async def _sent(self, call: _Call, pool: _Pool[Any]) -> _Response:
         if not self._settings["handlers"]:
-            return await super()._sent(call)  # an opener would come to the same, and take 4 µs more
+            return await super()._sent(call, pool)  # an opener would come to the same, and take 4 µs more
         request = _OpenerRequest(self._origin, call.request)
         try:
             response = self._opener.open(request, timeout=call)  # type: ignore[arg-type]  # a _Call
@@ -2019,7 +2043,10 @@ class BoxerClient(_Client):
             response = error
         except urllib.error.URLError as error:
             raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
-        return response if isinstance(response, _Response) else _adopted(response)
+        try:
+            return response if isinstance(response, _Response) else _adopted(response)
+        except OSError as error:
+            raise BoxerConnectionError(f"{self._origin.authority}: {error}") from error
 
 
 def _adopted(response: Any) -> _Response:
@@ -2040,34 +2067,39 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
 
     The function announces each of its calls with what it gets as its second argument.
     """
-    from concurrent.futures import ThreadPoolExecutor, as_completed  # not needed by those who send no folder
+    from concurrent.futures import ThreadPoolExecutor, wait  # not needed by those who send no folder
 
     remaining, is_over = iter(items), threading.Event()
-    calls: list[_Call] = []
+    calls: dict[int, _Call] = {}  # by thread
+    failures: list[BaseException] = []
 
     def begin(call: _Call) -> None:
-        calls.append(call)
+        calls[threading.get_ident()] = call
         if is_over.is_set():
+            call.cancel()
+
+    def end() -> None:
+        is_over.set()
+        for call in list(calls.values()):
             call.cancel()
 
     def work() -> None:
         for item in itertools.takewhile(lambda _: not is_over.is_set(), remaining):
             try:
                 function(item, begin)
-            except BaseException:
-                is_over.set()
-                raise
+            except BaseException as error:  # noqa: BLE001 - the first is raised in the caller's thread
+                failures.append(error)
+                end()
 
     workers = max(1, min(_AT_A_TIME, len(items)))
     with ThreadPoolExecutor(workers) as executor:
         try:
-            for worker in as_completed([executor.submit(work) for _ in range(workers)]):
-                worker.result()
+            wait([executor.submit(work) for _ in range(workers)])
         except BaseException:
-            is_over.set()
-            for call in calls:
-                call.cancel()
+            end()
             raise
+    if failures:
+        raise failures[0]
 
 
 # ---- Async client ----------------------------------------------------------------------------------------------------
@@ -2076,7 +2108,7 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
 class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
     """A connection over an asyncio transport.
 
-    A transport and not a StreamReader: that would copy everything once more, and cannot say what came before a reset.
+    A transport and not a StreamReader, which cannot say what came before a reset.
     TLS is left to _Tls, since transports do not tell a connection that was cut off from one that was closed, and cannot
     begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
     """
@@ -2094,11 +2126,11 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         self._alarm: asyncio.TimerHandle | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
-    async def connect(self, address: Any, seconds: float, call: _Call) -> None:
+    async def connect(self, address: Any, seconds: float) -> None:
         family, kind, protocol, _, where = address
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setblocking(False)
-        await _within(seconds, self._reach(where), call)
+        await _within(seconds, self._reach(where), self.call)
 
     async def _reach(self, address: Any) -> None:
         await self._loop.sock_connect(self._socket, address)
@@ -2111,10 +2143,10 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         reading = self._loop.run_in_executor(None, next, pieces)
         try:
             return await _within(self.call.left, reading, self.call)
-        except socket.timeout as error:
+        except _Late as error:
             if self.call.left <= 0:
                 raise self.call.timed_out(self.peer) from error
-            raise
+            raise BoxerConnectionError(f"{self.peer}: broken off by this client", self.has_sent) from error
 
     async def move(self, data: bytes | memoryview | None) -> bytes | None:
         if data is not None:
@@ -2131,12 +2163,16 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         return received
 
     def _send(self, data: bytes | memoryview) -> None:
-        if self._transport is None or self._transport.is_closing():
+        if not data:
             return
-        self._transport.write(data)
+        if self._transport is not None:
+            self._transport.write(data)
         # A write that fails at once begins to close the transport: then nothing of it was sent.
-        self.has_sent = self.has_sent or not self._transport.is_closing()
-        self.call.moved()
+        if self._transport is None or self._transport.is_closing():
+            self.is_cut_short = True
+        else:
+            self.has_sent = True
+            self.call.moved()
 
     async def _wait(self) -> None:
         """Wait until there is news, or the deadline comes, which what has left the transport meanwhile pushes back."""
@@ -2175,6 +2211,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        transport.set_write_buffer_limits(high=0)  # so that it is blocked whenever something is not sent yet
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -2203,6 +2240,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         if error is not None:
             self.lost = error
             self._salvage()
+        self.is_cut_short = self.is_cut_short or self.is_blocked
         self._has_ended = True
         self._transport = None
         self._end_alarm()
@@ -2226,12 +2264,9 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
             pass
         return False
 
-    def has_unsent(self) -> bool:
-        return self._transport is not None and self._transport.get_write_buffer_size() > 0
-
     def close(self) -> None:
         if self._transport is None or self._loop.is_closed():
-            self.leave()
+            self.close_copy()
             self._note_closed()
         else:
             _shut_down(self._socket)
@@ -2241,13 +2276,17 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         if not self.closed.done() and not self._loop.is_closed():
             self.closed.set_result(None)
 
-    def leave(self) -> None:
+    def close_copy(self) -> None:
         if self._socket is not None:
             self._socket.close()
 
     def abort(self) -> None:
         super().abort()
         self.close()
+
+
+class _Late(socket.timeout):
+    """It was not done in time, or was broken off."""
 
 
 async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
@@ -2263,7 +2302,7 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
             await asyncio.wait((task,))
         error = None if task.cancelled() else task.exception()  # asking for it is what keeps the loop from reporting it
     if task.cancelled():
-        raise socket.timeout("timed out")
+        raise _Late("timed out")
     if error is not None:
         raise error
     return task.result()
@@ -2284,7 +2323,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         await turn.wait()
 
     async def _pause(self, call: _Call, seconds: float) -> None:
-        with contextlib.suppress(socket.timeout):
+        with contextlib.suppress(_Late):
             await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
 
     def _new_connection(self, route: _Route, peer: str) -> _AsyncConnection:
@@ -2327,8 +2366,8 @@ class AsyncBoxerClient(_Client):
     """A client of a Boxer server for asyncio; its parameters are those of BoxerClient, less `handlers`.
 
     Use it with `async with`, or `await client.aclose()`. Any number of tasks of one event loop may share it; used in
-    another loop, it leaves the connections of the first. A cancelled call closes its connection at once, whereupon
-    the server kills the run.
+    another loop, it closes the connections of the first, and ends what is going on there. A cancelled call closes its
+    connection at once, whereupon the server kills the run.
     """
 
     _pool: _AsyncPool | None = None
@@ -2390,6 +2429,7 @@ class AsyncBoxerClient(_Client):
         retries: int | None = None,
     ) -> list[str]:
         """See `BoxerClient.upload_path`."""
+        self._check_open()
         files = await asyncio.get_running_loop().run_in_executor(None, _local_files, local_path, remote_path)
 
         async def upload(file: tuple[Path, str]) -> None:
