@@ -69,6 +69,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
+from datetime import timezone
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -185,7 +186,8 @@ def _text(name: str, value: Any) -> str:
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str):
-        raise BoxerValidationError(f"{name} must be a list of strings, not one string: write [{values!r}]")
+        example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # what is in env may be a secret
+        raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
     if isinstance(values, (bytes, Mapping)):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
@@ -206,7 +208,7 @@ def _environment(env: Any) -> tuple[str, ...]:
     if isinstance(env, Mapping):
         for name, value in env.items():
             if "=" in _text("each name in env", name):
-                raise BoxerValidationError(f"the name {name!r} in env has an '=' in it")
+                raise BoxerValidationError("a name in env has an '=' in it")
             _text(f"the value of {name!r} in env", value)
         env = [f"{name}={value}" for name, value in env.items()]
     entries = _texts("env", env)
@@ -432,7 +434,9 @@ def _utf8(name: str, text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BoxerValidationError(f"the {name} has a lone surrogate in it, which is no character: {error}") from None
+        problem = str(error)
+    # Not while that error is at hand, since it holds the whole text, which may hold secrets.
+    raise BoxerValidationError(f"the {name} has a lone surrogate in it, which is no character: {problem}")
 
 
 class _Multipart:
@@ -523,43 +527,75 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) ->
     """Return what `upload_path` is to send, in the order of the sorted paths."""
     local = Path(local_path)
     if not local.is_dir():
-        _check_regular(local)
+        _check_regular(local, local)
         return [(local, _path(local.name if remote_path is None else remote_path))]
     root = local.resolve()
     name = root.name if local.name in ("", "..") else local.name
     prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
-    files = [(path, f"{prefix}/{path.relative_to(local).as_posix()}") for path in sorted(_walk(local, root, (root,)))]
+    files = [(real, f"{prefix}/{path.relative_to(local).as_posix()}") for path, real in sorted(_walk(local, root))]
     for _, remote in files:
         _utf8("path", remote)
     return files
 
 
-def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield the files below a folder, through links as long as these stay below `root`."""
-    for path in folder.iterdir():
-        if path.is_symlink():
-            _check_link(path, root, above)
-        if path.is_dir():
-            yield from _walk(path, root, (*above, path.resolve()))
-        else:
-            _check_regular(path)
-            yield path
+# Files and folders that may be reached through links, each of which counts for ten: a few of them can lead to millions.
+_LINKED_LIMIT = 100_000
 
 
-def _check_link(path: Path, root: Path, above: tuple[Path, ...]) -> None:
+class _Folder(NamedTuple):
+    """A folder that is walked through; `real` is its path without links."""
+
+    path: Path
+    real: Path
+    parent: _Folder | None
+    is_linked: bool
+
+    def is_in(self, real: Path) -> bool:
+        folder: _Folder | None = self
+        while folder is not None and folder.real != real:
+            folder = folder.parent
+        return folder is not None
+
+
+def _walk(local: Path, root: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the files below a folder, each also without links, through links as long as these stay below it."""
+    linked = 0
+    folders = [_Folder(local, root, None, is_linked=False)]
+    while folders:
+        folder = folders.pop()
+        for real in folder.real.iterdir():
+            path, is_link = folder.path / real.name, real.is_symlink()
+            linked += 10 if is_link else folder.is_linked
+            if linked > _LINKED_LIMIT:
+                raise BoxerValidationError(f"{_shown(path)}: too many files are reached through links")
+            target = _link_target(path, real, root, folder) if is_link else real
+            if target.is_dir():
+                folders.append(_Folder(path, target, folder, is_link or folder.is_linked))
+            else:
+                _check_regular(path, target)
+                yield path, target
+
+
+def _link_target(path: Path, real: Path, root: Path, folder: _Folder) -> Path:
     try:
-        target = path.resolve(strict=True)
+        target = real.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a loop is a RuntimeError before Python 3.13
-        raise BoxerValidationError(f"{path} is a link that leads nowhere; remove it") from error
-    if target in above:
-        raise BoxerValidationError(f"{path} is a link to a folder that it is in; remove it")
+        raise BoxerValidationError(f"{_shown(path)} is a link that leads nowhere; remove it") from error
+    if folder.is_in(target):
+        raise BoxerValidationError(f"{_shown(path)} is a link to a folder that it is in; remove it")
     if root not in target.parents:
-        raise BoxerValidationError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
+        what = "is a link that leaves the folder; put a copy of the file in its place"
+        raise BoxerValidationError(f"{_shown(path)} {what}")
+    return target
 
 
-def _check_regular(path: Path) -> None:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise BoxerValidationError(f"{path} is neither a file nor a folder, and cannot be uploaded")
+def _check_regular(path: Path, real: Path) -> None:
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise BoxerValidationError(f"{_shown(path)} is neither a file nor a folder, and cannot be uploaded")
+
+
+def _shown(path: Path) -> str:
+    return repr(str(path))  # a name may have control characters in it
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -685,7 +721,9 @@ _JSON_DECODER = json.JSONDecoder(parse_int=_json_integer)
 
 
 # What is not ended goes to the end: to look for an end that is not there, from each beginning, would take for ever.
-_MARKUP = re.compile(r"<!--.*?(?:-->|\Z)|<(style|script|title)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>", re.DOTALL | re.IGNORECASE)
+_MARKUP = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(style|script|title)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>|&#\w{8,}", re.DOTALL | re.IGNORECASE
+)
 
 
 def _reason(response: _Response) -> str:
@@ -713,7 +751,7 @@ def _server_error(response: _Response) -> str | None:
 
 
 def _status(response: _Response) -> str:
-    return f"{response.code} {response.msg}".strip()
+    return f"{response.code} {_printable(response.msg[:_REASON_SIZE])}".strip()
 
 
 # ---- Policy ----------------------------------------------------------------------------------------------------------
@@ -846,12 +884,16 @@ _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
 
 
 def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
+    fields = {}
     for name, value in headers.items():
-        if not _TOKEN.fullmatch(_text("each name in headers", name)) or name.lower() in _OWN_FIELDS:
-            raise BoxerValidationError(f"{name!r} in headers is not a field name, or one that the client sets itself")
+        if not _TOKEN.fullmatch(_text("each name in headers", name)):  # and is not shown: it may be a whole line
+            raise BoxerValidationError("a name in headers is not the name of a field")
+        if name.lower() in _OWN_FIELDS or name.capitalize() in fields:
+            raise BoxerValidationError(f"{name!r} in headers is there twice, or is set by the client itself")
         if not _text(f"the value of {name!r} in headers", value).isprintable() or max(value, default="") > "\xff":
             raise BoxerValidationError(f"the value of {name!r} in headers has a character that a field cannot hold")
-    return {name.capitalize(): value.strip() for name, value in headers.items()}
+        fields[name.capitalize()] = value.strip()
+    return fields
 
 
 def _seconds(name: str, value: Any) -> float | None:
@@ -879,14 +921,14 @@ _LASTING = ("image pull failed", "spec build failed", "network setup failed", "s
 class _Call:
     """One call of a client's method: its deadline, and what may be tried again when a try has failed.
 
-    `timeout` bounds the wait for an answer as a whole. While `is_moving`, the content of a file is on its way, and
-    the deadline is pushed back whenever some of it has moved.
+    `timeout` bounds the wait for an answer as a whole. While the content of a file is on its way, `is_sending` or
+    `is_receiving`, the deadline is pushed back whenever some of it has moved.
     """
 
     def __init__(self, request: _Request, timeout: float | None, retries: int | None, default_retries: int) -> None:
         self.request = request
         self.timeout = math.inf if timeout is None else timeout + request.allowance
-        self.is_moving = False
+        self.is_sending = self.is_receiving = False
         self._end = time.monotonic() + self.timeout
         sent_once = request.has_network and retries is None
         self._retries = 0 if sent_once else default_retries if retries is None else retries
@@ -910,10 +952,18 @@ class _Call:
         """Seconds to the deadline, never more than an operating system can wait for; 0 or less: it has passed."""
         return min(self._end - time.monotonic(), _LONGEST_WAIT)
 
+    @property
+    def is_moving(self) -> bool:
+        return self.is_sending or self.is_receiving
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which to see how an upload gets on, or to give up."""
+        return min(self.left, self.timeout / 4) if self.is_sending else self.left
+
     def moved(self) -> None:
-        """Note that some content has moved."""
-        if self.is_moving:
-            self._end = time.monotonic() + self.timeout
+        """Push the deadline back, since some content has moved."""
+        self._end = time.monotonic() + self.timeout
 
     def waited(self, seconds: float) -> None:
         """Do not count the wait for a free connection."""
@@ -973,7 +1023,8 @@ def _retry_after(value: str) -> float:
     if re.fullmatch("[0-9]+", value):
         return float(value)
     try:
-        return parsedate_to_datetime(value).timestamp() - time.time()
+        date = parsedate_to_datetime(value)
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() - time.time()
     except (IndexError, OverflowError, TypeError, ValueError):
         return 0.0
 
@@ -1022,6 +1073,7 @@ class _Decoder:
 
     def __init__(self, method: str, content_limit: int | None) -> None:
         self.response: _Response | None = None
+        self.is_file = content_limit is None
         self.is_complete = self.is_reusable = self.has_excess = False
         self._buffer = b""
         self._at = 0  # where in the buffer what is not decoded yet begins
@@ -1275,7 +1327,7 @@ class _Connection:
 
     async def open(self, context: ssl.SSLContext | None) -> _Response | None:
         """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
-        self.call.is_moving = False
+        self.call.is_sending = self.call.is_receiving = False
         route = self.route
         try:
             if route.tunnel is not None:
@@ -1300,7 +1352,6 @@ class _Connection:
             fields["Proxy-authorization"] = route.authorization
         decoder = _Decoder("CONNECT", _ERROR_LIMIT)
         await self._converse(_encoded_head("CONNECT", authority, fields), b"", decoder, self.move)
-        self.call.is_moving = False
         if decoder.response is not None and not decoder.response.is_success:
             return decoder.response
         if decoder.has_excess:
@@ -1334,9 +1385,11 @@ class _Connection:
     async def _converse(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, move: _Move) -> bool:
         """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
         call = self.call
-        call.is_moving = isinstance(body, _Multipart)
+        call.is_sending, call.is_receiving = isinstance(body, _Multipart), False
         pieces = body.pieces() if isinstance(body, _Multipart) else iter((body,))
-        step: bytes | memoryview | None = head + next(pieces)
+        piece = head + next(pieces)
+        step: bytes | memoryview | None = piece
+        self._given, self._taken = len(piece), 0  # of the request: by this client, and by the peer
         while not decoder.is_complete:
             received = await move(step)
             had_head, size = decoder.response is not None, decoder.size
@@ -1346,14 +1399,27 @@ class _Connection:
                 decoder.end(clean=self._loss is None)
             step = None
             if decoder.response is not None:
-                call.is_moving = call.request.content_limit is None and decoder.response.is_success
-                if not had_head or decoder.size > size:
+                call.is_sending, call.is_receiving = False, decoder.is_file and decoder.response.is_success
+                if call.is_receiving and (not had_head or decoder.size > size):
                     call.moved()
-            elif isinstance(body, _Multipart):
-                call.is_moving = self.is_blocked or not body.is_given  # then the wait for the answer as a whole begins
-                if call.is_moving:
-                    step = b"" if self.is_blocked else await self.next_piece(pieces)
+            elif self.is_blocked:
+                step = b""
+            elif isinstance(body, _Multipart) and not body.is_given:
+                self._look()
+                step = await self.next_piece(pieces)
+                self._given += len(step)
         return not isinstance(body, _Multipart) or body.is_given
+
+    def _look(self) -> None:
+        """Push the deadline back if more of an upload was taken by the peer; raise the error if it has passed."""
+        call = self.call
+        if call.is_sending:
+            taken = self._given - self.queue()
+            if taken > self._taken:
+                self._taken = taken
+                call.moved()
+        if call.left <= 0:
+            raise call.timed_out(self.peer)
 
     async def connect(self, address: Any, seconds: float) -> None:
         """Connect to one of the addresses that socket.getaddrinfo has returned; raise OSError if that fails."""
@@ -1368,6 +1434,10 @@ class _Connection:
 
     async def next_piece(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
         """Return the next piece of content, which may have to be read from a file."""
+        raise NotImplementedError
+
+    def queue(self) -> int:
+        """Return how many bytes that were to be sent have not arrived at the peer, as far as this machine knows."""
         raise NotImplementedError
 
     def is_quiet(self) -> bool:
@@ -1625,8 +1695,8 @@ class _Client:
 
     def __del__(self) -> None:
         if not getattr(self, "_is_closed", True):
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self._drop_connections()
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     def _drop_connections(self) -> None:
         raise NotImplementedError
@@ -1721,12 +1791,12 @@ class _SyncConnection(_Connection):
         if data is not None:
             self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
             self._send()
-            if not (self.is_blocked or self.lost or self.call.is_moving):
+            if not (self.is_blocked or self.lost or self.call.is_sending):
                 return None
         while True:
             # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
             is_sent = data is not None and not self.is_blocked and not self.lost
-            events = self._wait(0 if is_sent else self.call.left)
+            events = self._wait(0 if is_sent else self.call.patience)
             if events & selectors.EVENT_READ and (received := self._receive()) is not None:
                 return received
             if events & selectors.EVENT_WRITE:
@@ -1739,8 +1809,7 @@ class _SyncConnection(_Connection):
         if events != self._watched:
             self._watched = events
             self._selector.modify(self._socket, events)
-        if self.call.left <= 0:
-            raise self.call.timed_out(self.peer)
+        self._look()
         ready = self._selector.select(seconds)
         return ready[0][1] if ready else 0
 
@@ -1749,7 +1818,6 @@ class _SyncConnection(_Connection):
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
                 self.has_sent = True
-                self.call.moved()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:  # what the server said before may still be there to be read
@@ -1768,6 +1836,9 @@ class _SyncConnection(_Connection):
             self.lost = error
             return b""
 
+    def queue(self) -> int:
+        return len(self._unsent) + _in_transit(self._socket)
+
     def is_quiet(self) -> bool:
         return self._receive() is None
 
@@ -1782,6 +1853,17 @@ class _SyncConnection(_Connection):
     def abort(self) -> None:
         super().abort()
         _shut_down(self._socket)
+
+
+def _in_transit(sock: socket.socket) -> int:
+    """Return how many bytes the system has taken, and not got across, where it tells: it takes megabytes."""
+    try:
+        import fcntl
+        import termios
+
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (ImportError, OSError, ValueError):
+        return 0
 
 
 def _shut_down(sock: socket.socket | None) -> None:
@@ -1867,7 +1949,10 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         """Offer an error to the handlers that a user has added, such as one that answers a 401."""
         if 200 <= response.code < 300:
             return response
-        return self.parent.error("http", request, response, response.code, response.msg, response.info())
+        try:
+            return self.parent.error("http", request, response, response.code, response.msg, response.info())
+        except ValueError:  # urllib's own raise it for a challenge that they cannot read
+            return response
 
     https_response = http_response
 
@@ -2121,7 +2206,6 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(_SMALL_PIECE))
         self._arrived: collections.deque[bytes] = collections.deque()
         self._has_ended = False
-        self._unsent = 0
         self._waiter: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -2151,7 +2235,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
     async def move(self, data: bytes | memoryview | None) -> bytes | None:
         if data is not None:
             self._send(data)
-            if self.call.is_moving:
+            if self.call.is_sending:
                 await asyncio.sleep(0)  # for the answer that may have come, and for other tasks
         while not self._arrived and not self._has_ended:
             if data is not None and not self.is_blocked:
@@ -2172,16 +2256,10 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
             self.is_cut_short = True
         else:
             self.has_sent = True
-            self.call.moved()
 
     async def _wait(self) -> None:
         """Wait until there is news, or the deadline comes, which what has left the transport meanwhile pushes back."""
-        unsent = self._transport.get_write_buffer_size() if self._transport else 0
-        if unsent < self._unsent:
-            self.call.moved()
-        self._unsent = unsent
-        if self.call.left <= 0:
-            raise self.call.timed_out(self.peer)
+        self._look()
         self._set_alarm()
         self._waiter = self._loop.create_future()
         try:
@@ -2191,7 +2269,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
 
     def _set_alarm(self) -> None:
         """See that there is an alarm in time for the deadline: an earlier one may be left of another call."""
-        deadline = self._loop.time() + self.call.left
+        deadline = self._loop.time() + self.call.patience
         if self._alarm is None or self._alarm.when() > deadline:
             self._end_alarm()
             self._alarm = self._loop.call_at(deadline, self._ring)
@@ -2228,6 +2306,9 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         self._has_ended = True
         self._wake()
         return not self.is_idle  # an idle connection closes itself
+
+    def queue(self) -> int:
+        return self._transport.get_write_buffer_size() + _in_transit(self._socket) if self._transport else 0
 
     def pause_writing(self) -> None:
         self.is_blocked = True
