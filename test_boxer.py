@@ -1483,6 +1483,54 @@ from boxer import (
     RunResult,
 )
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds for every test: it leaves nothing behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_descriptors() -> set[str]:
+    """Return what this process has open, where the system tells."""
+    found, folder = set(), "/proc/self/fd"
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        with contextlib.suppress(FileNotFoundError):  # the one that the folder was read with
+            found.add(f"{name} -> {os.readlink(f'{folder}/{name}')}")
+    return found
+
+
+def has_children() -> bool:
+    """Tell whether there is a process that was not waited for, living or dead."""
+    with contextlib.suppress(ChildProcessError):
+        return hasattr(os, "fork") and bool(os.waitpid(-1, os.WNOHANG))
+    return False
+
+
+def is_going_on(thing: Any) -> bool:
+    kind = type(thing)  # and not isinstance(), which wakes up what only stands in for something
+    return (issubclass(kind, asyncio.Future) and not thing.done()) or (
+        issubclass(kind, asyncio.AbstractEventLoop) and not thing.is_closed()
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail if a descriptor, a thread, a process, a loop or a task outlives its test, or if asyncio had to complain.
+
+    That nothing complains as it is collected, as files do that nobody closed, pytest sees to.
+    """
+    gc.freeze()  # what is there already is not looked at again: that saves most of the time that this takes
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)  # a server's thread ends when it has seen that its client is gone
+    gc.collect()
+    left: list[Any] = [*(set(threading.enumerate()) - threads), *(open_descriptors() - descriptors)]
+    left += filter(is_going_on, gc.get_objects())
+    left += ["a process"] if has_children() else []
+    for when in ("setup", "call", "teardown"):
+        left += [record.getMessage() for record in caplog.get_records(when) if record.name == "asyncio"]
+    assert left == [], "left behind"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The contract: what a Boxer server says, byte for byte. It holds for the stand-in and,
 # where BOXER_URL names one, for a real server.
@@ -2072,29 +2120,10 @@ class Clients:
             self.loop.close()
 
 
-def open_descriptors() -> set[str]:
-    """Return what this process has open, where the system tells."""
-    with contextlib.suppress(OSError):
-        return {f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}" for fd in os.listdir("/proc/self/fd")}
-    return set()
-
-
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Fail if a file descriptor or a thread outlives what is done within."""
-    threads, descriptors = set(threading.enumerate()), open_descriptors()
-    yield
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(10)  # a server's thread ends when it has seen that its client is gone
-        assert not thread.is_alive(), f"{thread} is left"
-    left = open_descriptors()
-    assert len(left) <= len(descriptors), f"left open: {left - descriptors}"
-
-
 @pytest.fixture(params=["sync", "async"])
 def client_of(request: pytest.FixtureRequest) -> Iterator[Clients]:
     """Make clients, `client_of(base_url, **settings)`: what holds for one kind holds for the other."""
-    with nothing_left_behind(), contextlib.closing(Clients(request.param)) as clients:
+    with contextlib.closing(Clients(request.param)) as clients:
         yield clients
 
 
@@ -3425,15 +3454,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def tidy(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail if anything is left behind, or asyncio has had to complain, for a test of one client alone."""
-    with nothing_left_behind():
-        yield
-    gc.collect()
-    assert [record for record in caplog.records if record.name == "asyncio"] == []
-
-
 def refused_url() -> str:
     with Peer([]) as peer:
         return peer.url
@@ -4126,7 +4146,7 @@ def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -
 
 
 @pytest.mark.parametrize("how", ["cancel", "wait_for"])
-def test_a_cancelled_call_closes_its_connection(tidy: None, how: str) -> None:
+def test_a_cancelled_call_closes_its_connection(how: str) -> None:
     waiting, gone = threading.Event(), threading.Event()
 
     async def main() -> None:
@@ -4146,7 +4166,7 @@ def test_a_cancelled_call_closes_its_connection(tidy: None, how: str) -> None:
         asyncio.run(main())
 
 
-def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none(tidy: None) -> None:
+def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none() -> None:
     waiting, cancelled = threading.Event(), threading.Event()
 
     async def main() -> None:
@@ -4172,7 +4192,7 @@ def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none(tidy: None)
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
-def test_a_call_can_be_cancelled_at_every_step(tidy: None, is_kept: bool) -> None:
+def test_a_call_can_be_cancelled_at_every_step(is_kept: bool) -> None:
     async def main() -> int:
         async with AsyncBoxerClient(host.url, max_connections=1, retries=0) as client:
             for steps in itertools.count():
@@ -4193,7 +4213,7 @@ def test_a_call_can_be_cancelled_at_every_step(tidy: None, is_kept: bool) -> Non
 
 
 @pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
-def test_a_cancelled_run_is_killed(tidy: None) -> None:
+def test_a_cancelled_run_is_killed() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         async with AsyncBoxerClient(standin.url) as client:
@@ -4212,7 +4232,7 @@ def test_a_cancelled_run_is_killed(tidy: None) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
 @pytest.mark.parametrize("call", [RUN_IT, DOWNLOAD, LARGE], ids=["run", "download", "upload"])
-def test_an_interrupted_call_closes_its_connection(tidy: None, call: Call) -> None:
+def test_an_interrupted_call_closes_its_connection(call: Call) -> None:
     def interrupt(_: Any) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -4292,7 +4312,7 @@ with BoxerClient() as client:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_does_not_use_its_parents_connection(tidy: None, tmp_path: Path) -> None:
+def test_a_forked_child_does_not_use_its_parents_connection(tmp_path: Path) -> None:
     with Peer([[Do.REQUEST, WELL, Do.REQUEST, answer("parent")], [Do.REQUEST, answer("child")]]) as peer:
         environment = {**os.environ, "BOXER_URL": peer.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
         subprocess.run(
@@ -4302,7 +4322,7 @@ def test_a_forked_child_does_not_use_its_parents_connection(tidy: None, tmp_path
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of calls", "two rows of calls"])
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_a_client_may_be_used_in_one_event_loop_after_another(tidy: None, at_once: int, rows: int) -> None:
+def test_a_client_may_be_used_in_one_event_loop_after_another(at_once: int, rows: int) -> None:
     async def main() -> None:
         for _ in range(rows):
             assert all(await asyncio.gather(*[client.health() for _ in range(at_once)]))
@@ -4571,7 +4591,7 @@ def digest(url: str, password: str = "secret") -> urllib.request.BaseHandler:
     return urllib.request.HTTPDigestAuthHandler(passwords)
 
 
-def test_a_handler_answers_a_challenge(tidy: None) -> None:
+def test_a_handler_answers_a_challenge() -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
         assert client.run("image", ["true"]) == RESULT
         assert client.download_file("a.txt") == b"abc"
@@ -4582,14 +4602,14 @@ def test_a_handler_answers_a_challenge(tidy: None) -> None:
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_challenge_that_is_not_answered_is_an_error(tidy: None, wrong: bool) -> None:
+def test_a_challenge_that_is_not_answered_is_an_error(wrong: bool) -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url, "no")] if wrong else []) as client:
         for _ in range(2):
             got = outcome(client, RUN_IT)
             assert type(got) is BoxerAPIError and got.status_code == 401
 
 
-def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge(tidy: None) -> None:
+def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge() -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
         got = outcome(client, upload(Unseekable(b"content")))
         assert isinstance(got, BoxerError)
@@ -4631,7 +4651,7 @@ def teapot(content: bytes | None) -> Callable[[str], Exception]:
         (teapot(None), refusal(418, "418 Teapot")),
     ],
 )
-def test_what_a_handler_raises_is_one_of_our_errors(tidy: None, error: Any, expected: Any) -> None:
+def test_what_a_handler_raises_is_one_of_our_errors(error: Any, expected: Any) -> None:
     with BoxerClient("http://127.0.0.1:9", handlers=[Raising(error)], retries=0) as client:
         got = outcome(client, RUN_IT)
         assert is_expected(got, expected), got
@@ -4701,7 +4721,7 @@ class Adding(urllib.request.BaseHandler):
         return request
 
 
-def test_a_handler_may_add_a_field_but_not_a_line(tidy: None) -> None:
+def test_a_handler_may_add_a_field_but_not_a_line() -> None:
     with Peer.answering(WELL) as peer, BoxerClient(peer.url, handlers=[Adding("yes")]) as client:
         assert client.health()
         assert peer.request.fields["x-added"] == "yes"
@@ -4710,7 +4730,7 @@ def test_a_handler_may_add_a_field_but_not_a_line(tidy: None) -> None:
         client.health()
 
 
-def test_a_handler_that_follows_redirects_is_refused(tidy: None) -> None:
+def test_a_handler_that_follows_redirects_is_refused() -> None:
     with pytest.raises(BoxerValidationError, match="redirects are not followed"):
         BoxerClient(handlers=[urllib.request.HTTPRedirectHandler()])
 
@@ -4808,7 +4828,7 @@ def test_a_flood_does_not_pile_up_while_a_file_is_read(client_of: Clients) -> No
         assert client.health()
 
 
-def test_a_close_that_is_cancelled_closes_all_the_same(tidy: None) -> None:
+def test_a_close_that_is_cancelled_closes_all_the_same() -> None:
     async def main() -> None:
         client = AsyncBoxerClient(host.url)
         assert await client.health()
@@ -4825,7 +4845,7 @@ def test_a_close_that_is_cancelled_closes_all_the_same(tidy: None) -> None:
         asyncio.run(main())
 
 
-def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used(tidy: None) -> None:
+def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used() -> None:
     both = threading.Barrier(2)
 
     async def main() -> None:
@@ -4840,7 +4860,7 @@ def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used(tidy: None) 
         asyncio.run(main())
 
 
-def test_a_client_that_is_closed_during_a_pause_ends_its_call(tidy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_closed_during_a_pause_ends_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with Host(lambda _: [failing("503 Service Unavailable")]) as host:
         client = BoxerClient(host.url)
         monkeypatch.setattr(time, "sleep", lambda _: client.close())
@@ -4848,7 +4868,7 @@ def test_a_client_that_is_closed_during_a_pause_ends_its_call(tidy: None, monkey
     assert host.connections == 1
 
 
-def test_a_loop_that_was_closed_under_a_client_is_left_behind(tidy: None) -> None:
+def test_a_loop_that_was_closed_under_a_client_is_left_behind() -> None:
     with Host(lambda _: [WELL]) as host, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
         client = AsyncBoxerClient(host.url)
@@ -4865,7 +4885,7 @@ def test_a_loop_that_was_closed_under_a_client_is_left_behind(tidy: None) -> Non
     assert host.connections == 2
 
 
-def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next(tidy: None) -> None:
+def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next() -> None:
     async def main() -> None:
         async with AsyncBoxerClient(host.url, max_connections=1) as client:
 
