@@ -47,7 +47,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 NOBODY = 65534
@@ -1444,6 +1444,7 @@ import array
 import base64
 import collections
 import copy
+import datetime as dt
 import email.message
 import enum
 import errno
@@ -1488,6 +1489,54 @@ from boxer import (
     RunRequest,
     RunResult,
 )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds for every test: it leaves nothing behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_descriptors() -> set[str]:
+    """Return what this process has open, where the system tells."""
+    found, folder = set(), "/proc/self/fd"
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        with contextlib.suppress(FileNotFoundError):  # the one that the folder was read with
+            found.add(f"{name} -> {os.readlink(f'{folder}/{name}')}")
+    return found
+
+
+def has_children() -> bool:
+    """Tell whether there is a process that was not waited for, living or dead."""
+    with contextlib.suppress(ChildProcessError):
+        return hasattr(os, "fork") and bool(os.waitpid(-1, os.WNOHANG))
+    return False
+
+
+def is_going_on(thing: Any) -> bool:
+    kind = type(thing)  # and not isinstance(), which wakes up what only stands in for something
+    return (issubclass(kind, asyncio.Future) and not thing.done()) or (
+        issubclass(kind, asyncio.AbstractEventLoop) and not thing.is_closed()
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail if a descriptor, a thread, a process, a loop or a task outlives its test, or if asyncio had to complain.
+
+    That nothing complains as it is collected, as files do that nobody closed, pytest sees to.
+    """
+    gc.freeze()  # what is there already is not looked at again: that saves most of the time that this takes
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)  # a server's thread ends when it has seen that its client is gone
+    gc.collect()
+    left: list[Any] = [*(set(threading.enumerate()) - threads), *(open_descriptors() - descriptors)]
+    left += filter(is_going_on, gc.get_objects())
+    left += ["a process"] if has_children() else []
+    for when in ("setup", "call", "teardown"):
+        left += [record.getMessage() for record in caplog.get_records(when) if record.name == "asyncio"]
+    assert left == [], "left behind"
+
 
 # ------------------------------------------------------------------------------------------------------------
 # The contract: what a Boxer server says, byte for byte. It holds for the stand-in and,
@@ -1655,6 +1704,7 @@ def server() -> Iterator[Any]:
         yield argparse.Namespace(url=REAL_URL)
         return
     with StandIn(sandbox=SANDBOX) as stand_in:
+        ask(stand_in, get("/healthz"))  # an answer shows that all is open that stays open: see nothing_left_behind
         yield stand_in
 
 
@@ -2078,29 +2128,10 @@ class Clients:
             self.loop.close()
 
 
-def open_descriptors() -> set[str]:
-    """Return what this process has open, where the system tells."""
-    with contextlib.suppress(OSError):
-        return {f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}" for fd in os.listdir("/proc/self/fd")}
-    return set()
-
-
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Fail if a file descriptor or a thread outlives what is done within."""
-    threads, descriptors = set(threading.enumerate()), open_descriptors()
-    yield
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(10)  # a server's thread ends when it has seen that its client is gone
-        assert not thread.is_alive(), f"{thread} is left"
-    left = open_descriptors()
-    assert len(left) <= len(descriptors), f"left open: {left - descriptors}"
-
-
 @pytest.fixture(params=["sync", "async"])
 def client_of(request: pytest.FixtureRequest) -> Iterator[Clients]:
     """Make clients, `client_of(base_url, **settings)`: what holds for one kind holds for the other."""
-    with nothing_left_behind(), contextlib.closing(Clients(request.param)) as clients:
+    with contextlib.closing(Clients(request.param)) as clients:
         yield clients
 
 
@@ -3115,6 +3146,7 @@ NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a link to its folder", lambda path: path.symlink_to("."), "a folder that it is in"),
     ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "a folder that it is in"),
     ("a pipe", os.mkfifo, "neither a file nor a folder"),
+    ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
     ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
 ]
 
@@ -3175,11 +3207,25 @@ def test_a_name_that_is_not_text_is_refused_before_anything_is_sent(client_of: C
         client_of(peer.url).upload_path(folder)
 
 
-@pytest.mark.parametrize("local", ["/dev/null", "pipe"])
+@pytest.mark.parametrize("local", ["/dev/null", "pipe", "socket", "link"])
 def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
     os.mkfifo(tmp_path / "pipe")
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK)
+    (tmp_path / "link").symlink_to("pipe")
     with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
         client_of(peer.url).upload_path(tmp_path / local)
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_the_system(client_of: Clients, folder: Path) -> None:
+    (folder / "a.txt").chmod(0)
+    if os.access(folder / "a.txt", os.R_OK):
+        pytest.skip("this user may read everything")
+    with store() as server:
+        client = client_of(server.url)
+        for path in (folder, folder / "a.txt"):
+            with pytest.raises(PermissionError):
+                client.upload_path(path)
+        assert client.health()
 
 
 @pytest.fixture
@@ -3227,6 +3273,38 @@ def test_an_upload_that_fails_in_the_middle_ends_them_all(client_of: Clients, ma
         assert client.health()
 
 
+def change_on_the_way(change: Callable[[], Any]) -> Callable[[Received], list[bytes]]:
+    """Return what answers uploads, once it has changed something as the first of them came."""
+    lock, changes = threading.Lock(), [change]
+
+    def respond(request: Received) -> list[bytes]:
+        with lock:
+            while changes:
+                changes.pop()()
+        return [STORED if "POST" in request.line else WELL]
+
+    return respond
+
+
+def test_a_file_that_vanishes_before_its_turn_is_an_error_of_the_system(client_of: Clients, many: Path) -> None:
+    with Frail(change_on_the_way((many / "39.txt").unlink)) as host:
+        client = client_of(host.url)
+        with pytest.raises(FileNotFoundError, match="39"):
+            client.upload_path(many)
+        assert client.health()
+    assert not [request for request in host.seen if b"39.txt" in request.body]
+
+
+def test_a_download_is_bytes_and_no_file_wherever_the_server_would_have_it(
+    client_of: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = answer("abc", Content_Disposition='attachment; filename="a.txt"', Content_Location="/tmp/a.txt")
+    with Peer.answering(said) as peer:
+        assert client_of(peer.url).download_file("a.txt") == b"abc"
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Clients as objects
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3262,13 +3340,82 @@ def test_a_client_is_closed_by_with_and_can_be_closed_twice(client_of: Clients, 
         pass
 
 
-def test_a_client_that_was_never_closed_warns_and_leaves_nothing(client_of: Clients) -> None:
+def drop(things: list[Any]) -> None:
+    things.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("is_in_a_cycle", [False, True], ids=["", "in a cycle"])
+def test_a_client_that_was_never_closed_warns_and_leaves_nothing(client_of: Clients, is_in_a_cycle: bool) -> None:
     with Peer.answering(WELL) as peer:
         made = [client_of.cls(peer.url)]
+        made[0].itself = made[0] if is_in_a_cycle else None
         health = made[0].health()
         assert (health if client_of.kind == "sync" else client_of.loop.run_until_complete(health)) is True
         with pytest.warns(ResourceWarning, match=rf"^unclosed {client_of.cls.__name__}\('{peer.url}'\)$"):
-            made.clear()
+            drop(made)
+
+
+def test_a_client_that_is_dropped_with_a_call_that_ends_with_its_loop_warns_and_leaves_nothing() -> None:
+    waiting = threading.Event()
+
+    async def main() -> None:
+        client = AsyncBoxerClient(peer.url)
+        calls.append(asyncio.ensure_future(client.run("image", ["true"])))
+        await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
+
+    def begin_and_drop() -> None:
+        asyncio.run(main())
+        assert calls[0].cancelled()
+        drop(calls)
+
+    calls: list[Any] = []
+    unclosed = pytest.warns(ResourceWarning, match=r"^unclosed AsyncBoxerClient\('http://127.0.0.1:[0-9]+'\)$")
+    with Peer([[Do.REQUEST, lambda _: waiting.set(), Do.GONE]]) as peer, unclosed:
+        begin_and_drop()
+
+
+SPAWNING = """
+import asyncio, multiprocessing
+from boxer import AsyncBoxerClient, BoxerAPIError, BoxerClient
+
+def health(client):
+    with client:
+        return client.health()
+
+async def health_async(client):
+    async with client:
+        return await client.health()
+
+def in_a_loop(client):
+    return asyncio.run(health_async(client))
+
+def fail():
+    with BoxerClient() as client:
+        client.run("image", ["true"])
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for client, function in (BoxerClient(), health), (AsyncBoxerClient(), in_a_loop):
+            copy = pool.apply(function, (client,))
+            assert copy is True and function(client)  # which uses the client, and closes it
+            assert pool.apply(function, (client,))  # and its copy is open again
+        try:
+            pool.apply(fail)
+        except BoxerAPIError as error:
+            assert (str(error), error.status_code) == ("no", 400)
+        pool.close()
+        pool.join()
+"""
+
+
+def test_a_client_and_an_error_can_be_sent_to_a_process_that_was_spawned(tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    with Host(lambda request: [failing("400 Bad Request") if "/run" in request.line else WELL]) as host:
+        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        program = [sys.executable, "-W", "error", "spawning.py"]
+        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_client_that_could_not_be_made_does_not_warn(client_of: Clients) -> None:
@@ -3514,15 +3661,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def tidy(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail if anything is left behind, or asyncio has had to complain, for a test of one client alone."""
-    with nothing_left_behind():
-        yield
-    gc.collect()
-    assert [record for record in caplog.records if record.name == "asyncio"] == []
-
-
 def refused_url() -> str:
     with Peer([]) as peer:
         return peer.url
@@ -3560,6 +3698,32 @@ def test_hundreds_of_calls_at_once_get_their_own_answers(client_of: Clients) -> 
         results = gather(client, [run(f"{n} ") for n in range(800)])
         assert [result.stdout for result in results] == [f"{n} " * 500 for n in range(800)]
     assert host.connections <= 16
+
+
+def in_rows(client: Any, rows: Sequence[Sequence[Call]]) -> list[list[Any]]:
+    """Let as many callers as there are rows make their calls, each one after the other; return the results."""
+
+    async def row(calls: Sequence[Call]) -> list[Any]:
+        return [await getattr(client.client, method)(*args, **kwargs) for method, args, kwargs in calls]
+
+    async def together() -> list[list[Any]]:
+        return await asyncio.gather(*map(row, rows))
+
+    if isinstance(client, PlainCalls):
+        return client.loop.run_until_complete(together())
+    with ThreadPoolExecutor(len(rows)) as executor:
+        return list(executor.map(lambda calls: [do(client, call) for call in calls], rows))
+
+
+@pytest.mark.parametrize(("connections", "calls"), [(32, 20_000), (5, 4_000)])
+def test_callers_who_make_thousands_of_calls_get_their_own_answers(
+    client_of: Clients, connections: int, calls: int
+) -> None:
+    names = [[f"{caller}:{n}" for n in range(calls // 32)] for caller in range(32)]
+    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0]})]) as host:
+        rows = in_rows(client_of(host.url, max_connections=connections), [[run(name) for name in row] for row in names])
+        assert [[result.stdout for result in row] for row in rows] == names
+    assert host.connections <= connections
 
 
 # What happens on an idle connection, before the next call.
@@ -4336,7 +4500,7 @@ def hear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
 
     monkeypatch.setattr(socket.socket, "recv", receive_less)
     monkeypatch.setattr(socket.socket, "recv_into", receive_less_into)
-    with nothing_left_behind(), contextlib.closing(Clients("async")) as clients:
+    with contextlib.closing(Clients("async")) as clients:
         yield heard
 
 
@@ -4659,9 +4823,9 @@ def ca() -> trustme.CA:
     return trustme.CA()
 
 
-def serving(ca: trustme.CA, *names: str, clients: trustme.CA | None = None) -> ssl.SSLContext:
+def serving(ca: trustme.CA, *names: str, clients: trustme.CA | None = None, **issued: Any) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert(*(names or ("127.0.0.1",))).configure_cert(context)
+    ca.issue_cert(*(names or ("127.0.0.1",)), **issued).configure_cert(context)
     if clients is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         clients.configure_trust(context)
@@ -4922,18 +5086,43 @@ def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -
 # Calls that are broken off
 
 
-@pytest.mark.parametrize("how", ["cancel", "wait_for"])
-def test_a_cancelled_call_closes_its_connection(tidy: None, how: str) -> None:
+# How a call is broken off, and what the one who does so gets to see.
+HOWS: dict[str, type[BaseException]] = {"cancel": asyncio.CancelledError, "wait_for": asyncio.TimeoutError}
+if sys.version_info >= (3, 11):
+    HOWS.update({"timeout": TimeoutError, "TaskGroup": Exception})
+
+
+async def break_off(how: str, coroutine: Any, is_waiting: Callable[[], Any]) -> Any:
+    """Make a call, wait in a thread until it is waiting for its answer, and break it off."""
+    asyncio_: Any = asyncio  # all that Pythons of different age have
+    call = asyncio.ensure_future(coroutine)
+    await asyncio.get_running_loop().run_in_executor(None, is_waiting)
+    if how == "wait_for":
+        await asyncio.wait_for(call, 0.01)
+    elif how == "timeout":
+        async with asyncio_.timeout(0.01):
+            await call
+    elif how == "TaskGroup":
+
+        async def wait() -> None:
+            await call
+
+        async with asyncio_.TaskGroup() as group:
+            group.create_task(wait())
+            await asyncio.sleep(0)
+            raise LookupError
+    call.cancel()
+    await call
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_cancelled_call_closes_its_connection(how: str) -> None:
     waiting, gone = threading.Event(), threading.Event()
 
     async def main() -> None:
         async with AsyncBoxerClient(peer.url, max_connections=1) as client:
-            call = asyncio.ensure_future(client.run("image", ["true"]))
-            await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
-            if how == "cancel":
-                call.cancel()
-            with pytest.raises(asyncio.CancelledError if how == "cancel" else asyncio.TimeoutError):
-                await asyncio.wait_for(call, 0.01)
+            with pytest.raises(HOWS[how]):
+                await break_off(how, client.run("image", ["true"]), lambda: waiting.wait(30))
             await asyncio.get_running_loop().run_in_executor(None, gone.wait, 30)
             assert gone.is_set()
             assert await client.health()
@@ -4943,7 +5132,7 @@ def test_a_cancelled_call_closes_its_connection(tidy: None, how: str) -> None:
         asyncio.run(main())
 
 
-def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none(tidy: None) -> None:
+def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none() -> None:
     waiting, cancelled = threading.Event(), threading.Event()
 
     async def main() -> None:
@@ -4969,38 +5158,179 @@ def test_a_call_cancelled_while_it_waits_for_a_connection_takes_none(tidy: None)
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
-def test_a_call_can_be_cancelled_at_every_step(tidy: None, is_kept: bool) -> None:
+@pytest.mark.parametrize("is_folder", [False, True], ids=["run", "folder"])
+def test_a_call_can_be_cancelled_at_every_step_of_its_loop(is_kept: bool, is_folder: bool, folder: Path) -> None:
     async def main() -> int:
         async with AsyncBoxerClient(host.url, max_connections=1, retries=0) as client:
             for steps in itertools.count():
-                call = asyncio.ensure_future(client.run("image", ["true"]))
+                call = asyncio.ensure_future(client.upload_path(folder) if is_folder else client.run("image", ["true"]))
                 for _ in range(steps):
                     await asyncio.sleep(0)
                 if call.done():
-                    assert call.result() == RESULT
+                    assert call.result()
                     return steps
                 call.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    assert await asyncio.wait_for(call, 30) == RESULT
+                    assert await asyncio.wait_for(call, 30)
                 assert await asyncio.wait_for(client.health(), 30)
         raise AssertionError
 
-    with Host(lambda request: [RAN if "/run" in request.line else WELL if is_kept else WELL_AND_BYE]) as host:
+    last = WELL if is_kept else WELL_AND_BYE
+    answers = {"POST /run": RAN, "POST /files": STORED, "GET /healthz": last}
+    with Frail(lambda request: [answers[request.line.rpartition(" ")[0]]]) as host:
         assert asyncio.run(main()) > 3
 
 
+class Frail(Host):
+    """A host whose clients may break off anywhere, even within a handshake.
+
+    inside: the context of the TLS that it speaks, as a proxy (is_proxy) within each of the tunnels that it opens.
+    """
+
+    def __init__(
+        self, respond: Callable[[Received], Any], inside: ssl.SSLContext | None = None, is_proxy: bool = False
+    ) -> None:
+        super().__init__(respond)
+        self.inside = inside
+        self.is_proxy = is_proxy
+
+    def serve(self, sock: Any) -> None:
+        with contextlib.suppress(AssertionError, OSError), contextlib.ExitStack() as stack:
+            if self.is_proxy:
+                _received(stack.enter_context(sock.makefile("rb")), with_body=False)
+                sock.sendall(ESTABLISHED)
+            if self.inside is not None:
+                sock = stack.enter_context(self.inside.wrap_socket(sock, server_side=True))
+                self._open.append(sock)
+            super().serve(sock)
+
+
+@types.coroutine
+def cancelling(coroutine: Any, number: int, late: bool) -> Generator[Any, Any, None]:
+    """Carry out a coroutine; cancel its task when that waits for the n-th time, or (late) when this wait is over."""
+    step = functools.partial(coroutine.send, None)
+    for waits in itertools.count():
+        try:
+            awaited = step()
+        except StopIteration:
+            assert waits <= number, "the cancellation was lost"
+            return
+        if waits == number:
+            task: Any = asyncio.current_task()
+            awaited.add_done_callback(lambda _, task=task: task.cancel()) if late and awaited else task.cancel()
+        try:
+            step = functools.partial(coroutine.send, (yield awaited))
+        except BaseException as error:  # noqa: BLE001 - it is for the coroutine to see
+            step = functools.partial(coroutine.throw, error)
+
+
+async def was_cancelled(coroutine: Any, number: int, late: bool) -> bool:
+    """Cancel a call when it waits for the n-th time, or as this wait is over; return False if it ends before."""
+
+    async def call() -> None:
+        await cancelling(coroutine, number, late)
+
+    try:
+        await asyncio.wait_for(asyncio.ensure_future(call()), 30)
+    except asyncio.CancelledError:
+        return True
+    return False
+
+
+async def upload_of_a_file(client: AsyncBoxerClient, path: Path) -> None:
+    with path.open("rb") as file:
+        await client.upload_file("a.txt", file)
+
+
+# What a call may have to wait for, and such a call.
+WAITS: dict[str, Callable[[AsyncBoxerClient, Path, str], Any]] = {
+    "TLS": lambda client, _, name: client.run("image", [name]),
+    "a tunnel": lambda client, _, name: client.run("image", [name]),
+    "another try": lambda client, _, name: client.run("image", [name]),
+    "a file": lambda client, folder, _: upload_of_a_file(client, folder / "a.txt"),
+    "files": lambda client, folder, _: client.upload_path(folder),
+    "pieces of an answer": lambda client, _, name: client.download_file(name),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["when it waits", "when it goes on"])
+@pytest.mark.parametrize("what", WAITS)
+def test_a_call_can_be_cancelled_whenever_it_waits(
+    ca: trustme.CA, setenv: Any, folder: Path, what: str, late: bool
+) -> None:
+    lost_once: set[bytes] = set()
+
+    def respond(request: Received) -> list[bytes]:
+        if "/healthz" in request.line:
+            return [WELL_AND_BYE]  # so that each call begins with a connection
+        if what == "another try" and request.body not in lost_once:
+            lost_once.add(request.body)
+            return [failing(BROKEN, RACES[0])]
+        if "GET" in request.line:
+            said = raw(IN_CHUNKS, body=chunks(1, 2, 3))
+            return [said[at : at + 40] for at in range(0, len(said), 40)]
+        return [RAN if "/run" in request.line else STORED]
+
+    async def main() -> int:
+        async with AsyncBoxerClient(url, max_connections=1, ssl_context=trusting(ca)) as client:
+            for number in itertools.count():
+                goes_on = await was_cancelled(WAITS[what](client, folder, str(number)), number, late)
+                assert await asyncio.wait_for(client.health(), 30)
+                if not goes_on:
+                    return number
+        raise AssertionError
+
+    is_tls = what in ("TLS", "a tunnel")
+    with Frail(respond, serving(ca, "127.0.0.1", "boxer.test") if is_tls else None, what == "a tunnel") as host:
+        setenv("https_proxy", host.url)
+        url = "https://boxer.test" if what == "a tunnel" else f"http{'s' if is_tls else ''}://{host.authority}"
+        assert asyncio.run(main()) > 2
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["when it waits", "when it goes on"])
+def test_a_client_can_be_closed_again_after_a_close_that_was_cancelled(late: bool) -> None:
+    is_over, waiting = threading.Event(), threading.Semaphore(0)
+
+    def respond(request: Received) -> list[Any]:
+        return [waiting.release, lambda: is_over.wait(30), Do.FIN] if "/run" in request.line else [WELL]
+
+    async def main(number: int) -> bool:
+        loop = asyncio.get_running_loop()
+        client = AsyncBoxerClient(host.url)
+        run = asyncio.ensure_future(client.run("image", ["true"]))
+        assert await client.health()
+        await loop.run_in_executor(None, waiting.acquire)
+        goes_on = await was_cancelled(client.aclose(), number, late)
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.health()
+        await client.aclose()
+        with pytest.raises(BoxerConnectionError):
+            await asyncio.wait_for(run, 30)
+        return goes_on
+
+    with Host(respond) as host:
+        numbers = list(itertools.takewhile(lambda number: asyncio.run(main(number)), itertools.count()))
+        is_over.set()
+    assert numbers
+
+
 @pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
-def test_a_cancelled_run_is_killed(tidy: None) -> None:
+@pytest.mark.parametrize("how", HOWS)
+def test_a_cancelled_run_is_killed(how: str) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         async with AsyncBoxerClient(standin.url) as client:
-            runs = [asyncio.ensure_future(client.run("python:3.12-slim", ["sleep", "29"])) for _ in range(2)]
-            assert await loop.run_in_executor(None, standin.wait_for, lambda: len(standin.runs_live) == 2, 60)
-            runs[0].cancel()
+            other = asyncio.ensure_future(client.run("python:3.12-slim", ["sleep", "29"]))
+            with pytest.raises(HOWS[how]):
+                await break_off(
+                    how,
+                    client.run("python:3.12-slim", ["sleep", "29"]),
+                    lambda: standin.wait_for(lambda: len(standin.runs_live) == 2, 60),
+                )
             assert await loop.run_in_executor(None, standin.wait_for, lambda: standin.runs_killed == 1, 60)
-            assert await client.health()
+            assert await client.health() and not other.done()
         with pytest.raises(BoxerConnectionError):
-            await runs[1]
+            await other
         assert await loop.run_in_executor(None, standin.wait_for, lambda: standin.runs_killed == 2, 60)
 
     with StandIn() as standin:
@@ -5009,7 +5339,7 @@ def test_a_cancelled_run_is_killed(tidy: None) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
 @pytest.mark.parametrize("call", [RUN_IT, DOWNLOAD, LARGE], ids=["run", "download", "upload"])
-def test_an_interrupted_call_closes_its_connection(tidy: None, call: Call) -> None:
+def test_an_interrupted_call_closes_its_connection(call: Call) -> None:
     def interrupt(_: Any) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -5018,6 +5348,44 @@ def test_an_interrupted_call_closes_its_connection(tidy: None, call: Call) -> No
     with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client:
         with pytest.raises(KeyboardInterrupt):
             do(client, call)
+        assert client.health()
+
+
+class Alarm(logging.Handler):
+    """Rings when something is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_rung = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.has_rung.set()
+
+
+@pytest.fixture
+def is_pausing() -> Iterator[Callable[[], bool]]:
+    """Wait until a call pauses before another try, which it says in the log."""
+    alarm, log = Alarm(), logging.getLogger("boxer")
+    log.addHandler(alarm)
+    yield lambda: alarm.has_rung.wait(30)
+    log.removeHandler(alarm)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
+def test_a_call_can_be_broken_off_while_it_pauses(client_of: Clients, is_pausing: Any) -> None:
+    def interrupt() -> None:
+        is_pausing()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with Peer.answering(failing("429 Slow Down", Retry_After="60"), WELL) as peer:
+        client = client_of(peer.url, max_connections=1)
+        if client_of.kind == "sync":
+            threading.Thread(target=interrupt).start()
+            with pytest.raises(KeyboardInterrupt):
+                client.run("image", ["true"])
+        else:
+            with pytest.raises(asyncio.CancelledError):
+                client.loop.run_until_complete(break_off("cancel", client.client.run("image", ["true"]), is_pausing))
         assert client.health()
 
 
@@ -5076,30 +5444,153 @@ def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -
 
 
 FORKING = """
-import os, sys
-from boxer import BoxerClient
-with BoxerClient() as client:
-    assert client.health()
+import asyncio, multiprocessing, os, sys, threading, traceback
+from boxer import AsyncBoxerClient, BoxerClient
+
+def check(client, name):
+    assert client.download_file(name) == name.encode()
+
+async def check_async(client, name):
+    assert await client.download_file(name) == name.encode()
+
+async def check_and_close(client, name):
+    async with client:
+        await check_async(client, name)
+
+def in_child(function, *args):
     child = os.fork()
     if not child:
-        os._exit(0 if client.download_file("child") == b"child" else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert client.download_file("parent") == b"parent"
+        try:
+            function(*args)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.waitpid(child, 0)
 """
+# What a program does about a fork, and how many connections that takes.
+FORKS: dict[str, tuple[str, int]] = {
+    "both use the client": ("""
+with BoxerClient() as client:
+    check(client, "parent")
+    in_child(check, client, "child")
+    check(client, "parent")
+""", 2),
+    "the child closes the client": ("""
+with BoxerClient() as client:
+    check(client, "parent")
+    in_child(client.close)
+    check(client, "parent")
+""", 1),
+    "the child goes on as the parent does": ("""
+with BoxerClient() as client:
+    check(client, "parent")
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    check(client, "parent or child")
+""", 2),
+    "the parent closes the client": ("""
+is_closed, closed = os.pipe()
+client = BoxerClient()
+check(client, "parent")
+child = os.fork()
+if child:
+    client.close()
+    os.write(closed, b"!")
+    os.waitpid(child, 0)
+else:
+    os.read(is_closed, 1)
+    check(client, "child")
+    client.close()
+""", 2),
+    "the child of a child uses the client": ("""
+with BoxerClient() as client:
+    check(client, "parent")
+    in_child(lambda: (check(client, "child"), in_child(check, client, "grandchild"), check(client, "child")))
+    check(client, "parent")
+""", 3),
+    "there are calls in other threads": ("""
+with BoxerClient() as client:
+    threads = [threading.Thread(target=check, args=(client, f"slow {n}")) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    client.download_file("once they wait")
+    in_child(lambda: (check(client, "child"), client.close()))
+    check(client, "go on")
+    for thread in threads:
+        thread.join()
+""", 6),
+    "there are processes of multiprocessing's": ("""
+context = multiprocessing.get_context("fork")
+with BoxerClient() as client:
+    check(client, "parent")
+    processes = [context.Process(target=check, args=(client, f"child {n}")) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+        process.close()
+    check(client, "parent")
+""", 4),
+    "there is a loop": ("""
+client, loop = AsyncBoxerClient(), asyncio.new_event_loop()
+loop.run_until_complete(check_async(client, "parent"))
+in_child(lambda: asyncio.run(check_and_close(client, "child")))
+loop.run_until_complete(check_and_close(client, "parent"))
+loop.close()
+""", 2),
+    "there is a loop that runs": ("""
+async def main():
+    async with AsyncBoxerClient() as client:
+        await check_async(client, "parent")
+        in_child(lambda: asyncio.run(check_and_close(client, "child")))
+        await check_async(client, "parent")
+asyncio.run(main())
+""", 2),
+    "there is a loop with calls": ("""
+async def main():
+    async with AsyncBoxerClient() as client:
+        calls = [asyncio.ensure_future(check_async(client, f"slow {n}")) for n in range(4)]
+        await client.download_file("once they wait")
+        in_child(lambda: asyncio.run(check_and_close(client, "child")))
+        await check_async(client, "go on")
+        await asyncio.gather(*calls)
+asyncio.run(main())
+""", 6),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_does_not_use_its_parents_connection(tidy: None, tmp_path: Path) -> None:
-    with Peer([[Do.REQUEST, WELL, Do.REQUEST, answer("parent")], [Do.REQUEST, answer("child")]]) as peer:
-        environment = {**os.environ, "BOXER_URL": peer.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
-        subprocess.run(
-            [sys.executable, "-W", "error", "-c", FORKING], cwd=tmp_path, env=environment, check=True, timeout=60
-        )
+@pytest.mark.parametrize("name", FORKS)
+def test_after_a_fork_neither_process_touches_the_connections_of_the_other(tmp_path: Path, name: str) -> None:
+    code, connections = FORKS[name]
+    are_waiting, go_on = threading.Semaphore(0), threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        path = urllib.parse.unquote(request.line.split("path=")[1].rpartition(" ")[0])
+        if path == "once they wait":
+            for _ in range(4):
+                are_waiting.acquire()
+        if "slow" in path:
+            are_waiting.release()
+            go_on.wait(30)
+        if path == "go on":
+            go_on.set()
+        return [answer(path)]
+
+    with Host(respond) as host:
+        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        # That a fork and threads go ill together, as newer Pythons say, is known.
+        program = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FORKING + code]
+        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert host.connections == connections
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of calls", "two rows of calls"])
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_a_client_may_be_used_in_one_event_loop_after_another(tidy: None, at_once: int, rows: int) -> None:
+def test_a_client_may_be_used_in_one_event_loop_after_another(at_once: int, rows: int) -> None:
     async def main() -> None:
         for _ in range(rows):
             assert all(await asyncio.gather(*[client.health() for _ in range(at_once)]))
@@ -5185,18 +5676,63 @@ def self_signed(ca: trustme.CA, folder: Path) -> ssl.SSLContext:
     return context
 
 
-@pytest.mark.parametrize("name", ["wrong host", "unknown CA", "no ssl_context", "self-signed"])
+YEARS = dt.timedelta(days=1000)
+NOW = dt.datetime.now(dt.timezone.utc)
+# What a server shows that is to be boxer.test, in vain; True: even to a client that trusts in its CA.
+CERTIFICATES: dict[str, tuple[Callable[[trustme.CA, Path], ssl.SSLContext], bool]] = {
+    "expired": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW - 2 * YEARS, not_after=NOW - YEARS), True),
+    "not yet valid": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW + YEARS, not_after=NOW + 2 * YEARS), True),
+    "of another host": (lambda ca, _: serving(ca, "other.test"), True),
+    "of the hosts below": (lambda ca, _: serving(ca, "*.boxer.test"), True),
+    "of its address": (lambda ca, _: serving(ca, "127.0.0.1"), True),
+    "of another CA": (lambda _, __: serving(trustme.CA(), "boxer.test"), True),
+    "of no CA": (lambda _, folder: self_signed(trustme.CA(), folder), True),
+    "of a CA nobody was told of": (lambda ca, _: serving(ca, "boxer.test"), False),
+    "of no CA, by default": (lambda _, folder: self_signed(trustme.CA(), folder), False),
+}
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("name", CERTIFICATES)
 def test_a_certificate_that_does_not_hold_is_refused_and_not_tried_again(
-    client_of: Clients, clock: Clock, ca: trustme.CA, name: str, tmp_path: Path
+    client_of: Clients, clock: Clock, setenv: Any, ca: trustme.CA, tmp_path: Path, name: str, is_proxied: bool
 ) -> None:
-    context = self_signed(trustme.CA(), tmp_path) if name == "self-signed" else None
-    context = context or serving(ca, "boxer.test" if name == "wrong host" else "127.0.0.1")
-    trusted = {"no ssl_context": None, "unknown CA": trusting(trustme.CA())}.get(name, trusting(ca))
-    with Peer([[]], context=context) as peer:
-        error = outcome(client_of(peer.url, ssl_context=trusted), RUN_IT)
-        assert is_expected(error, lost(peer.authority)) and not error.request_sent
+    context, is_trusting = CERTIFICATES[name]
+    with Frail(lambda _: [RAN], context(ca, tmp_path), is_proxied) as host:
+        if is_proxied:
+            setenv("https_proxy", f"http://{host.authority}")
+        client = client_of(f"https://boxer.test:{host.port}", ssl_context=trusting(ca) if is_trusting else None)
+        error = outcome(client, RUN_IT)
+        assert is_expected(error, lost(f":{host.port}: TLS failed")) and not error.request_sent
         assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
-    assert clock.pauses == []
+    assert (host.connections, host.seen, clock.pauses) == (1, [], [])
+
+
+ADDRESSES = [("127.0.0.1", "127.0.0.2"), ("127.0.0.1", "localhost"), ("::1", "127.0.0.1")]
+
+
+@pytest.mark.parametrize(("address", "other"), ADDRESSES)
+def test_a_certificate_has_to_be_of_the_address_that_is_in_the_url(
+    client_of: Clients, ca: trustme.CA, address: str, other: str
+) -> None:
+    with Peer.answering(RAN, host=address, context=serving(ca, address)) as peer:
+        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
+    with Peer([[]], host=address, context=serving(ca, other)) as peer:
+        assert is_expected(outcome(client_of(peer.url, ssl_context=trusting(ca)), RUN_IT), lost("TLS failed"))
+
+
+def test_without_an_ssl_context_the_cas_of_the_system_are_trusted(
+    client_of: Clients, ca: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pem").write_bytes(ca.cert_pem.bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+    with Peer.answering(RAN, context=serving(ca)) as peer:
+        assert client_of(peer.url).run("image", ["true"]) == RESULT
+
+
+def test_an_ssl_context_makes_no_tls_of_http(client_of: Clients, ca: trustme.CA) -> None:
+    with Peer.answering(RAN) as peer:
+        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
 
 
 def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
@@ -5213,19 +5749,49 @@ def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients,
         assert is_expected(error, lost(peer.authority))
 
 
-def no_record(sock: Any) -> None:
-    socket.socket.sendall(sock, b"not TLS")
+# Where an answer is cut off, and what comes of it if TLS ends properly, and if not.
+TLS_ENDS: dict[str, tuple[bytes, Any, Any]] = {
+    "nowhere": (answer("abc", Connection="close"), b"abc", b"abc"),
+    "content that ends with the connection": (raw(body=b"abc"), b"abc", lost("after 3 bytes")),
+    "content of a length": (answer("abcd")[:-1], lost("after 3 bytes"), lost("after 3 bytes")),
+    "chunks": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n"), lost("after 3 bytes"), lost("after 3 bytes")),
+    "the last chunk": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n0\r\n"), lost("after 3 bytes"), lost("after 3 bytes")),
+    "the head": (raw()[:-2], lost("within the head"), lost("within the head")),
+    "the beginning": (b"", lost("before an answer"), lost("before an answer")),
+}
 
 
-@pytest.mark.parametrize("end", [[Do.FIN], [Do.RST], [no_record, Do.FIN]], ids=["FIN", "RST", "garbage"])
-def test_content_that_ends_with_a_tls_connection_needs_a_proper_end(
-    client_of: Clients, ca: trustme.CA, end: list[Any]
+def cut_off(inside: ssl.SSLContext, said: bytes, end: str) -> Callable[[Any], None]:
+    """Return a step that says something over TLS in answer to a request, and then no more."""
+
+    def serve(sock: Any) -> None:
+        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
+            _received(reader, with_body=True)
+            tls.sendall(said)
+            if end == "close_notify":
+                close_notify(tls)
+            if end == "garbage":
+                socket.socket.sendall(tls, b"not TLS")
+            if end == "RST":
+                tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return serve
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "RST", "garbage"])
+@pytest.mark.parametrize("where", TLS_ENDS)
+def test_an_answer_that_is_cut_off_within_tls_is_no_answer(
+    client_of: Clients, ca: trustme.CA, setenv: Any, where: str, end: str, is_proxied: bool
 ) -> None:
-    said, context = raw(body=b"abc"), serving(ca)
-    with Peer([[Do.REQUEST, said, close_notify, Do.FIN], [Do.REQUEST, said, *end]], context=context) as peer:
-        client = client_of(peer.url, ssl_context=trusting(ca), retries=0)
-        assert client.download_file("a.txt") == b"abc"
-        assert is_expected(outcome(client, DOWNLOAD), lost("content"))
+    said, *expected = TLS_ENDS[where]
+    opened: list[Any] = [Do.HEAD, ESTABLISHED] if is_proxied else []
+    with Peer([[*opened, cut_off(serving(ca, "boxer.test"), said, end), Do.FIN]]) as peer:
+        if is_proxied:
+            setenv("https_proxy", peer.url)
+        client = client_of(f"https://boxer.test:{peer.port}", ssl_context=trusting(ca), retries=0)
+        got = outcome(client, DOWNLOAD)
+        assert is_expected(got, expected[end != "close_notify"]), got
 
 
 # Proxies
@@ -5326,7 +5892,7 @@ def test_a_tunnel_that_cannot_be_had(
         timeout = 0.5 if expected[0] is BoxerTimeoutError else 30
         got = outcome(client_of("https://boxer.test", ssl_context=trusting(ca), retries=0, timeout=timeout), RUN_IT)
         assert is_expected(got, expected), got
-        assert not getattr(got, "request_sent", False) and "secret" not in str(got)
+        assert not getattr(got, "request_sent", False) and "secret" not in all_text(got)
 
 
 def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> None:
@@ -5340,25 +5906,57 @@ def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> Non
 
 
 NO_PROXY = {  # whether a request for boxer.test goes straight there
-    "": False, "boxer.test": True, "BOXER.test": True, "test": True, ".test": True, "*": True, "a, boxer.test": True,
-    "other.test": False, "xer.test": False, "<host and port>": True, "boxer.test:1": False,
+    "": False, "boxer.test": True, "BOXER.test": True, "test": True, ".test": True, ".TEST": True, "*": True,
+    "a, boxer.test": True, "a ,\t.test , b": True, "other.test": False, "xer.test": False, "*.test": False,
+    ".boxer.test": True, "a.boxer.test": False, "<host and port>": True, "boxer.test:1": False,
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("value", NO_PROXY)
-def test_no_proxy_names_what_goes_straight(client_of: Clients, setenv: Any, value: str) -> None:
-    with Host(lambda _: [RAN]) as straight, Host(lambda _: [RAN]) as proxy:
-        setenv("http_proxy", proxy.url)
+def test_no_proxy_names_what_goes_straight(
+    client_of: Clients, setenv: Any, ca: trustme.CA, value: str, scheme: str
+) -> None:
+    inside = serving(ca, "boxer.test") if scheme == "https" else None
+    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
+        setenv(f"{scheme}_proxy", f"http://{proxy.authority}")
         setenv("no_proxy", value.replace("<host and port>", f"boxer.test:{straight.port}"))
-        assert client_of(f"http://boxer.test:{straight.port}").run("image", ["true"]) == RESULT
+        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
     assert (straight.connections, proxy.connections) == ((1, 0) if NO_PROXY[value] else (0, 1))
 
 
-def test_a_cgi_programs_proxy_header_is_no_proxy(client_of: Clients, setenv: Any) -> None:
-    setenv("HTTP_PROXY", refused_url())
-    setenv("REQUEST_METHOD", "GET")
-    with Peer.answering(RAN) as peer:
-        assert client_of(f"http://boxer.test:{peer.port}").run("image", ["true"]) == RESULT
+# Variables of the environment ({}: the proxy), and whether a request goes to the proxy.
+VARIABLES: list[tuple[str, dict[str, str], bool]] = [
+    ("http", {"http_proxy": "{}"}, True),
+    ("http", {"HTTP_PROXY": "{}"}, True),
+    ("http", {"http_proxy": "{}", "HTTP_PROXY": "http://nowhere.test:9"}, True),
+    ("http", {"http_proxy": "", "HTTP_PROXY": "{}"}, False),
+    ("http", {"https_proxy": "{}", "all_proxy": "{}", "ALL_PROXY": "{}", "proxy": "{}"}, False),
+    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test"}, False),
+    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test", "no_proxy": "other.test"}, True),
+    # A CGI program has the fields of a request in its environment, and so may have a field `Proxy`.
+    ("http", {"HTTP_PROXY": "{}", "REQUEST_METHOD": "GET"}, False),
+    ("http", {"http_proxy": "{}", "REQUEST_METHOD": "GET"}, True),
+    ("https", {"https_proxy": "{}"}, True),
+    ("https", {"HTTPS_PROXY": "{}"}, True),
+    ("https", {"HTTPS_PROXY": "{}", "REQUEST_METHOD": "GET"}, True),
+    ("https", {"http_proxy": "{}", "all_proxy": "{}"}, False),
+    ("https", {"HTTPS_PROXY": "{}", "NO_PROXY": "*"}, False),
+]
+
+
+@pytest.mark.parametrize(("scheme", "variables", "is_proxied"), VARIABLES)
+def test_the_environment_says_which_proxy_there_is(
+    client_of: Clients, setenv: Any, ca: trustme.CA, scheme: str, variables: dict[str, str], is_proxied: bool
+) -> None:
+    inside = serving(ca, "boxer.test") if scheme == "https" else None
+    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
+        for name, value in variables.items():
+            setenv(name, value.format(f"http://{proxy.authority}"))
+        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+    assert (straight.connections, proxy.connections) == ((0, 1) if is_proxied else (1, 0))
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"])
@@ -5394,7 +5992,7 @@ def digest(url: str, password: str = "secret") -> urllib.request.BaseHandler:
     return urllib.request.HTTPDigestAuthHandler(passwords)
 
 
-def test_a_handler_answers_a_challenge(tidy: None) -> None:
+def test_a_handler_answers_a_challenge() -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
         assert client.run("image", ["true"]) == RESULT
         assert client.download_file("a.txt") == b"abc"
@@ -5405,21 +6003,21 @@ def test_a_handler_answers_a_challenge(tidy: None) -> None:
 
 
 @pytest.mark.parametrize("value", ["Foo x", "Digest", "Digest realm", 'Digest realm="r", nonce="n", algorithm=FOO'])
-def test_a_challenge_that_cannot_be_read_is_an_error(tidy: None, value: str) -> None:
+def test_a_challenge_that_cannot_be_read_is_an_error(value: str) -> None:
     said = answer("who are you?", "401 Unauthorized", WWW_Authenticate=value)
     with Host(lambda _: [said]) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
         assert is_expected(outcome(client, RUN_IT), refusal(401, "who are you?"))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_challenge_that_is_not_answered_is_an_error(tidy: None, wrong: bool) -> None:
+def test_a_challenge_that_is_not_answered_is_an_error(wrong: bool) -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url, "no")] if wrong else []) as client:
         for _ in range(2):
             got = outcome(client, RUN_IT)
             assert type(got) is BoxerAPIError and got.status_code == 401
 
 
-def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge(tidy: None) -> None:
+def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge() -> None:
     with Host(challenge) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
         got = outcome(client, upload(Unseekable(b"content")))
         assert isinstance(got, BoxerError)
@@ -5461,7 +6059,7 @@ def teapot(content: bytes | None) -> Callable[[str], Exception]:
         (teapot(None), refusal(418, "418 Teapot")),
     ],
 )
-def test_what_a_handler_raises_is_one_of_our_errors(tidy: None, error: Any, expected: Any) -> None:
+def test_what_a_handler_raises_is_one_of_our_errors(error: Any, expected: Any) -> None:
     with BoxerClient("http://127.0.0.1:9", handlers=[Raising(error)], retries=0) as client:
         got = outcome(client, RUN_IT)
         assert is_expected(got, expected), got
@@ -5492,6 +6090,29 @@ def test_secrets_are_never_shown(
         error = outcome(client, run(env={"KEY": "hunter2"}))
         assert isinstance(error, BoxerError) and "hunter2" not in all_text(error)
         assert not [text for text in (repr(client), str(client), caplog.text) if "hunter2" in text]
+
+
+def test_asyncio_in_debug_mode_shows_no_secrets_and_finds_no_fault(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def main() -> None:
+        asyncio.get_running_loop().slow_callback_duration = 0  # so that it tells of whatever it does
+        url = host.url.replace("//", "//ann:hunter2@")
+        async with AsyncBoxerClient(url, headers={"X-Token": "hunter2"}, max_connections=2) as client:
+            secret_run = client.run("image", ["true"], env={"KEY": "hunter2"})
+            await asyncio.gather(secret_run, client.upload_path(folder), client.download_file("a.txt"))
+            with pytest.raises(asyncio.CancelledError):
+                await break_off("cancel", client.run("image", ["hunter2"]), bool)
+
+    with Host(lambda request: [STORED if "POST /files" in request.line else RAN]) as host:
+        asyncio.run(main(), debug=True)
+    gc.collect()
+    assert "Executing" in caplog.text and "hunter2" not in caplog.text
+    faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [fault for fault in faults if not re.match("Executing .* took", fault)] == []
+    caplog.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5548,7 +6169,7 @@ class Adding(urllib.request.BaseHandler):
         return request
 
 
-def test_a_handler_may_add_a_field_but_not_a_line(tidy: None) -> None:
+def test_a_handler_may_add_a_field_but_not_a_line() -> None:
     with Peer.answering(WELL) as peer, BoxerClient(peer.url, handlers=[Adding("yes")]) as client:
         assert client.health()
         assert peer.request.fields["x-added"] == "yes"
@@ -5557,12 +6178,12 @@ def test_a_handler_may_add_a_field_but_not_a_line(tidy: None) -> None:
         client.health()
 
 
-def test_a_handler_that_is_none_is_refused(tidy: None) -> None:
+def test_a_handler_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"urllib\.request\.BaseHandler"):
         BoxerClient(handlers=[object()])  # type: ignore[list-item]
 
 
-def test_a_handler_that_follows_redirects_is_refused(tidy: None) -> None:
+def test_a_handler_that_follows_redirects_is_refused() -> None:
     with pytest.raises(BoxerValidationError, match="redirects are not followed"):
         BoxerClient(handlers=[urllib.request.HTTPRedirectHandler()])
 
@@ -5660,7 +6281,7 @@ def test_a_flood_does_not_pile_up_while_a_file_is_read(client_of: Clients) -> No
         assert client.health()
 
 
-def test_the_deadline_holds_while_a_file_is_read(tidy: None) -> None:
+def test_the_deadline_holds_while_a_file_is_read() -> None:
     """With asyncio, where a thread reads it; the blocking client reads it itself."""
     can_be_read = threading.Event()
 
@@ -5675,7 +6296,7 @@ def test_the_deadline_holds_while_a_file_is_read(tidy: None) -> None:
         asyncio.run(main())
 
 
-def test_closing_a_client_ends_an_upload_whose_file_is_being_read(tidy: None) -> None:
+def test_closing_a_client_ends_an_upload_whose_file_is_being_read() -> None:
     can_be_read, is_read = threading.Event(), threading.Event()
 
     class Telling(Waiting):
@@ -5697,7 +6318,7 @@ def test_closing_a_client_ends_an_upload_whose_file_is_being_read(tidy: None) ->
         asyncio.run(main())
 
 
-def test_a_close_that_is_cancelled_closes_all_the_same(tidy: None) -> None:
+def test_a_close_that_is_cancelled_closes_all_the_same() -> None:
     async def main() -> None:
         client = AsyncBoxerClient(host.url)
         assert await client.health()
@@ -5714,7 +6335,7 @@ def test_a_close_that_is_cancelled_closes_all_the_same(tidy: None) -> None:
         asyncio.run(main())
 
 
-def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used(tidy: None) -> None:
+def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used() -> None:
     both = threading.Barrier(2)
 
     async def main() -> None:
@@ -5758,24 +6379,41 @@ def test_closing_a_client_ends_an_attempt_to_connect_at_once(client_of: Clients)
         assert is_expected(ended, lost("closed"))
 
 
-def test_a_loop_that_was_closed_under_a_client_is_left_behind(tidy: None) -> None:
-    with Host(lambda _: [WELL]) as host, warnings.catch_warnings():
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_loop_that_was_closed_under_a_client_is_left_behind(caplog: pytest.LogCaptureFixture, calls: int) -> None:
+    waiting, is_over = threading.Semaphore(0), threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [waiting.release, lambda: is_over.wait(30), Do.FIN]
+
+    async def begin() -> None:
+        loop = asyncio.get_running_loop()
+        assert await client.health()
+        tasks.extend(asyncio.ensure_future(client.run("image", ["true"])) for _ in range(calls))
+        for _ in range(calls):
+            await loop.run_in_executor(None, waiting.acquire)
+        await loop.shutdown_default_executor()
+
+    async def go_on() -> None:
+        assert await client.health()
+        await client.aclose()
+
+    tasks: list[Any] = []
+    with Host(respond) as host, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
-        client = AsyncBoxerClient(host.url)
+        client = AsyncBoxerClient(host.url, max_connections=1)
         loop = asyncio.new_event_loop()
-        assert loop.run_until_complete(client.health())
+        loop.run_until_complete(begin())
         loop.close()
-
-        async def main() -> None:
-            assert await client.health()
-            await client.aclose()
-
-        asyncio.run(main())
-        gc.collect()
+        asyncio.run(go_on())
+        drop(tasks)
+        is_over.set()
     assert host.connections == 2
+    assert [record.getMessage()[:18] for record in caplog.records] == ["Task was destroyed"] * calls
+    caplog.clear()
 
 
-def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next(tidy: None) -> None:
+def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next() -> None:
     async def main() -> None:
         async with AsyncBoxerClient(host.url, max_connections=1) as client:
 
