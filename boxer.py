@@ -44,6 +44,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import selectors
@@ -324,7 +325,7 @@ class BoxerExitError(BoxerError):
         self.result = result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.result,)
+        return type(self), (self.result,), self.__dict__
 
 
 class BoxerAPIError(BoxerError):
@@ -338,7 +339,7 @@ class BoxerAPIError(BoxerError):
         self.status_code = status_code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.status_code)
+        return type(self), (str(self), self.status_code), self.__dict__
 
 
 class BoxerTimeoutError(BoxerAPIError):
@@ -528,7 +529,7 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) ->
     local = Path(local_path)
     if not local.is_dir():
         _check_regular(local, local)
-        return [(local, _path(local.name if remote_path is None else remote_path))]
+        return [(local.resolve(), _path(local.name if remote_path is None else remote_path))]
     root = local.resolve()
     name = root.name if local.name in ("", "..") else local.name
     prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
@@ -592,6 +593,17 @@ def _link_target(path: Path, real: Path, root: Path, folder: _Folder) -> Path:
 def _check_regular(path: Path, real: Path) -> None:
     if not stat.S_ISREG(real.stat().st_mode):
         raise BoxerValidationError(f"{_shown(path)} is neither a file nor a folder, and cannot be uploaded")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file that was seen to be one; something else may have been put in its place since."""
+    # Where the system has them: follow no link, and do not wait for who writes to a pipe.
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - for its caller to close
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise BoxerValidationError(f"{_shown(path)} is not a file any more")
 
 
 def _shown(path: Path) -> str:
@@ -1682,6 +1694,7 @@ class _Client:
         origin = self._origin = _origin(base_url, headers or {})
         self._route, self._fields = _route(origin.scheme, origin.next_hop, origin.tunnel, origin.fields)
         self._context = _tls_context(self._origin.scheme, ssl_context)
+        self._pools: dict[Any, Any] = {}  # of an AsyncBoxerClient, by event loop
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -1747,10 +1760,10 @@ def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext 
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def _now(coroutine: Coroutine[Any, Any, _T]) -> _T:
+def _now(function: Callable[..., Coroutine[Any, Any, _T]], *args: Any) -> _T:
     """Run a coroutine of the blocking client: what it awaits blocks, so that it ends at the first step."""
     try:
-        coroutine.send(None)
+        function(*args).send(None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # what the coroutine returns
     raise AssertionError("a coroutine of the blocking client has waited")  # pragma: no cover
@@ -1873,17 +1886,31 @@ def _shut_down(sock: socket.socket | None) -> None:
             sock.shutdown(socket.SHUT_RDWR)
 
 
+class _Bell:
+    """A threading.Event that an interrupt cannot break."""
+
+    def __init__(self) -> None:
+        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._rings.put(None)
+
+    def wait(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._rings.get(timeout=timeout)
+
+
 class _SyncPool(_Pool[_SyncConnection]):
     """The connections of a BoxerClient within one process."""
 
-    def _new_turn(self) -> threading.Event:
-        return threading.Event()
+    def _new_turn(self) -> _Bell:
+        return _Bell()
 
-    async def _wait_for(self, turn: threading.Event) -> None:
+    async def _wait_for(self, turn: _Bell) -> None:
         turn.wait()
 
     async def _pause(self, call: _Call, seconds: float) -> None:
-        is_over = threading.Event()
+        is_over = _Bell()
         call.abort = is_over.set
         if not self.is_closed and call.left > 0:
             is_over.wait(seconds)
@@ -1941,7 +1968,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         route, fields = _route(request.type, request.host, tunnel, fields)
         head = _encoded_head(request.get_method(), request.selector, fields)
         context = _tls_context(route.scheme, self._context)
-        return _now(self.pool().exchange(route, context, head, request.timeout))
+        return _now(self.pool().exchange, route, context, head, request.timeout)
 
     https_open = http_open
 
@@ -2097,7 +2124,7 @@ class BoxerClient(_Client):
         files = _local_files(local_path, remote_path)
 
         def upload(file: tuple[Path, str], begin: Callable[[_Call], None]) -> None:
-            with file[0].open("rb") as content:
+            with _opened(file[0]) as content:
                 call = self._call(_upload_request(file[1], content), timeout, retries)
                 begin(call)
                 _check_uploaded(self._answer(call))
@@ -2111,7 +2138,7 @@ class BoxerClient(_Client):
 
     def _answer(self, call: _Call) -> _Response:
         try:
-            return _now(self._exchange(call))
+            return _now(self._exchange, call)
         except BoxerError:
             raise
         except BaseException:
@@ -2389,6 +2416,14 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
     return task.result()
 
 
+class _Turn(asyncio.Event):
+    """A turn that may come when its event loop has been closed, and nobody waits for it any more."""
+
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            super().set()
+
+
 class _AsyncPool(_Pool[_AsyncConnection]):
     """The connections of an AsyncBoxerClient within one event loop."""
 
@@ -2397,10 +2432,10 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
 
-    def _new_turn(self) -> asyncio.Event:
-        return asyncio.Event()
+    def _new_turn(self) -> _Turn:
+        return _Turn()
 
-    async def _wait_for(self, turn: asyncio.Event) -> None:
+    async def _wait_for(self, turn: _Turn) -> None:
         await turn.wait()
 
     async def _pause(self, call: _Call, seconds: float) -> None:
@@ -2446,12 +2481,10 @@ class _AsyncPool(_Pool[_AsyncConnection]):
 class AsyncBoxerClient(_Client):
     """A client of a Boxer server for asyncio; its parameters are those of BoxerClient, less `handlers`.
 
-    Use it with `async with`, or `await client.aclose()`. Any number of tasks of one event loop may share it; used in
-    another loop, it closes the connections of the first, and ends what is going on there. A cancelled call closes its
-    connection at once, whereupon the server kills the run.
+    Use it with `async with`, or `await client.aclose()`. Any number of tasks may share it. Each event loop that it is
+    used in has connections of its own, which are closed once it has stopped and the client is used in another. A
+    cancelled call closes its connection at once, whereupon the server kills the run.
     """
-
-    _pool: _AsyncPool | None = None
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()
@@ -2463,14 +2496,14 @@ class AsyncBoxerClient(_Client):
     async def aclose(self) -> None:
         """Close all connections; calls that are going on in other tasks end with BoxerConnectionError."""
         self._is_closed = True
-        if self._pool is not None and self._pool.loop is asyncio.get_running_loop():
-            await self._pool.aclose()
-        else:
-            self._drop_connections()
+        pool = self._pools.pop(asyncio.get_running_loop(), None)
+        self._drop_connections()
+        if pool is not None:
+            await pool.aclose()
 
     def _drop_connections(self) -> None:
-        if self._pool is not None:
-            self._pool.abandon()
+        for pool in list(self._pools.values()):
+            pool.abandon()
 
     async def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
         """See `BoxerClient.health`."""
@@ -2514,7 +2547,7 @@ class AsyncBoxerClient(_Client):
         files = await asyncio.get_running_loop().run_in_executor(None, _local_files, local_path, remote_path)
 
         async def upload(file: tuple[Path, str]) -> None:
-            with file[0].open("rb") as content:
+            with _opened(file[0]) as content:
                 await self.upload_file(file[1], content, timeout=timeout, retries=retries)
 
         await _for_each_async(upload, files)
@@ -2526,16 +2559,13 @@ class AsyncBoxerClient(_Client):
 
     def _current_pool(self) -> _AsyncPool:
         loop = asyncio.get_running_loop()
-        if (
-            self._pool is None
-            or self._pool.loop is not loop
-            or self._pool.is_closed
-            or self._pool.process != os.getpid()
-        ):
-            if self._pool is not None:
-                self._pool.abandon()
-            self._pool = _AsyncPool(self._settings["max_connections"])
-        return self._pool
+        pool: _AsyncPool | None = self._pools.get(loop)
+        if pool is None or pool.is_closed or pool.process != os.getpid():
+            for other in list(self._pools):
+                if other is loop or not other.is_running() or self._pools[other].process != os.getpid():
+                    self._pools.pop(other).abandon()
+            pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"])
+        return pool
 
 
 async def _for_each_async(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
