@@ -1588,7 +1588,7 @@ class _Pool(Generic[_C]):
         """Abort a call's connection, if it still is the call's."""
         with self._lock:
             connection = self._busy.get(call)
-            if connection is not None:
+            if connection is not None:  # pragma: no branch - it has just been given back, in another thread
                 connection.abort()
 
     def _stopped(self, call: _Call, peer: str) -> BoxerError:
@@ -1834,7 +1834,7 @@ class _SyncConnection(_Connection):
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:  # what the server said before may still be there to be read
-            self.lost, self.is_cut_short = error, True
+            self.lost, self.is_cut_short = self.lost or error, True
             self._unsent = memoryview(b"")
         self.is_blocked = bool(self._unsent)
 
@@ -1846,7 +1846,7 @@ class _SyncConnection(_Connection):
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
-            self.lost = error
+            self.lost = self.lost or error
             return b""
 
     def queue(self) -> int:
@@ -1957,9 +1957,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         if pool is None:
             pool = self._pools.setdefault(process, _SyncPool(self._size))
             for other in set(self._pools) - {process}:
-                inherited = self._pools.pop(other, None)  # another thread may have been here
-                if inherited is not None:
-                    inherited.leave_to_parent()
+                self._pools.pop(other, _SyncPool(0)).leave_to_parent()  # unless another thread has been here
         return pool
 
     def http_open(self, request: Any) -> _Response:
@@ -2346,7 +2344,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None:
-            self.lost = error
+            self.lost = self.lost or error
             self._salvage()
         self.is_cut_short = self.is_cut_short or self.is_blocked
         self._has_ended = True
@@ -2457,8 +2455,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
             self.close()
 
     async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
-        async for _ in self._end_of_loop:  # begin
-            break
+        await self._end_of_loop.__anext__()  # begin
         return await _within(call.left, self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), call)
 
     async def aclose(self) -> None:

@@ -5789,6 +5789,24 @@ def test_an_upload_that_the_server_is_slow_to_take_outlives_its_timeout(client_o
         client_of(peer.url, timeout=1).upload_file("a.txt", bytes(4 * MIB))
 
 
+def test_an_upload_needs_no_word_of_the_system(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with Peer.answering(STORED) as peer:
+        client_of(peer.url).upload_file("a.txt", bytes(4 * MIB))
+        assert len(peer.request.body) > 4 * MIB
+
+
+def test_a_call_whose_time_is_up_does_not_wait_for_its_turn() -> None:
+    has_come, is_over = threading.Event(), threading.Event()
+    script = [[Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(1) as executor:
+        first = executor.submit(do, client, RUN_IT)
+        assert has_come.wait(30)
+        assert is_expected(outcome(client, RUN_IT, timeout=1e-9), (BoxerTimeoutError, 0, "1e-09"))
+        is_over.set()
+        assert first.result() == RESULT
+
+
 def test_an_upload_that_nobody_takes_is_given_up_whatever_the_server_says(client_of: Clients) -> None:
     with Peer([[slowly(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), Do.DRAIN]]) as peer:
         client = client_of(peer.url)
@@ -7075,6 +7093,11 @@ class Raising(urllib.request.BaseHandler):
         raise self.error(request.full_url)
 
 
+class Torn(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError("torn")
+
+
 def teapot(content: bytes | None) -> Callable[[str], Exception]:
     body = None if content is None else io.BytesIO(content)
     return lambda url: urllib.error.HTTPError(url, 418, "Teapot", email.message.Message(), body)
@@ -7088,6 +7111,7 @@ def teapot(content: bytes | None) -> Callable[[str], Exception]:
         (teapot(b'{"error": "no tea"}'), refusal(418, "no tea")),
         (teapot(b""), refusal(418, "418 Teapot")),
         (teapot(None), refusal(418, "418 Teapot")),
+        (lambda url: urllib.error.HTTPError(url, 418, "Teapot", email.message.Message(), Torn()), lost("torn")),
     ],
 )
 def test_what_a_handler_raises_is_one_of_our_errors(error: Any, expected: Any) -> None:
