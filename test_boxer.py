@@ -5798,7 +5798,7 @@ def test_an_upload_needs_no_word_of_the_system(client_of: Clients, monkeypatch: 
 
 def test_a_call_whose_time_is_up_does_not_wait_for_its_turn() -> None:
     has_come, is_over = threading.Event(), threading.Event()
-    script = [[Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]]
+    script: list[list[Any]] = [[Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]]
     with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(1) as executor:
         first = executor.submit(do, client, RUN_IT)
         assert has_come.wait(30)
