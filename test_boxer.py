@@ -7224,6 +7224,12 @@ class Adding(urllib.request.BaseHandler):
         return request
 
 
+def test_an_error_that_no_handler_wants_is_an_error() -> None:
+    said = failing("404 Not Found")
+    with Peer.answering(said) as peer, BoxerClient(peer.url, handlers=[Adding("yes")]) as client:
+        assert is_expected(outcome(client, DOWNLOAD), refusal(404, "no"))
+
+
 def test_a_handler_may_add_a_field_but_not_a_line() -> None:
     with Peer.answering(WELL) as peer, BoxerClient(peer.url, handlers=[Adding("yes")]) as client:
         assert client.health()
