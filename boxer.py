@@ -76,6 +76,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeVar, Union
 
+# Not where it is needed: a child forked while another thread imports a module waits for it in vain.
+try:
+    import fcntl
+    import termios
+except ImportError:  # pragma: no cover - as on Windows
+    fcntl = termios = None  # type: ignore[assignment]
+
 __version__ = "1.0.0"
 
 __all__ = [
@@ -1871,11 +1878,8 @@ class _SyncConnection(_Connection):
 def _in_transit(sock: socket.socket) -> int:
     """Return how many bytes the system has taken, and not got across, where it tells: it takes megabytes."""
     try:
-        import fcntl
-        import termios
-
         return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (ImportError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return 0
 
 
