@@ -60,6 +60,7 @@ import urllib.parse
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 NOBODY = 65534
@@ -2102,7 +2103,9 @@ class Soak:
         """Make calls for so long, from many threads and tasks."""
         with self.injector:
             with contextlib.ExitStack() as clients:
-                socket.getaddrinfo("127.0.0.1", 0)  # imports what a child forked meanwhile would wait for in vain
+                # These import what a child forked meanwhile would wait for in vain, or what takes part in a fork.
+                socket.getaddrinfo("127.0.0.1", 0)
+                ThreadPoolExecutor(1).shutdown()
                 jobs = list(self._jobs(clients))
                 threads = [threading.Thread(target=job, args=args, daemon=True) for job, *args in jobs]
                 for thread in threads:
@@ -2270,7 +2273,6 @@ import ssl
 import traceback
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Union
 
