@@ -7305,6 +7305,20 @@ def no_more_descriptors() -> Any:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_nothing_is_sent_once_the_look_up_of_a_name_took_all_the_time(
+    client_of: Clients, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
+        clock.ahead += 1000
+        return look_up(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with Peer([]) as peer:
+        assert is_expected(outcome(client_of(peer.url, timeout=60), RUN_IT), (BoxerTimeoutError, 0, "60 s"))
+
+
 def test_running_out_of_descriptors_is_a_connection_error(client_of: Clients) -> None:
     client = client_of("http://127.0.0.1:9")
     with no_more_descriptors():
