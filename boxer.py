@@ -19,11 +19,11 @@ The sections, each of which builds on those above it (and raises what Errors def
     Policy         base URL, proxy, deadline, and what may be sent again
     Wire           HTTP/1.1 and TLS as state machines over bytes, and what is said over a connection
     Both clients   a pool of connections, and the tries of a call
-    Sync client    a urllib opener whose handler moves the bytes over sockets
+    Sync client    bytes moved over sockets, and urllib's opener for those who add handlers to it
     Async client   the same over an asyncio transport
 
 What is above the clients does no I/O and makes every decision once, in coroutines. The seam is `_Connection.move`, and
-a few more leaves like it (`_Pool._connected`, `_Client._sleep`): in AsyncBoxerClient they wait, in BoxerClient they
+a few more leaves like it (`_Connection.connect`, `_Pool._pause`): in AsyncBoxerClient they wait, in BoxerClient they
 block instead, so that its coroutines end at their first step (`_now`). The clients differ in nothing else.
 """
 
@@ -1342,6 +1342,7 @@ class _Connection:
         self.idle_since = 0.0
         self.has_sent = False  # some of the request that is being exchanged
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
+        self._socket: Any = None
         self._tls: _Tls | None = None
 
     async def open(self, context: ssl.SSLContext | None) -> _Response | None:
@@ -1469,7 +1470,8 @@ class _Connection:
 
     def close_copy(self) -> None:
         """Close this process's copy of the connection, without a word to the peer."""
-        raise NotImplementedError
+        if self._socket is not None:
+            self._socket.close()
 
     def abort(self) -> None:
         """Break off what is going on over the connection, from another thread or task."""
@@ -1492,7 +1494,6 @@ class _Pool(Generic[_C]):
     """
 
     def __init__(self, size: int) -> None:
-        self.process = os.getpid()
         self.is_closed = False
         self._size = size
         self._lock = threading.RLock()  # a Lock but for `mend`
@@ -1781,7 +1782,6 @@ class _SyncConnection(_Connection):
 
     def __init__(self, route: _Route, peer: str) -> None:
         super().__init__(route, peer)
-        self._socket: Any = None
         self._watched = 0  # the events that the selector looks for
         self._room = _SMALL_PIECE  # to receive into
         self._unsent = memoryview(b"")
@@ -1865,10 +1865,6 @@ class _SyncConnection(_Connection):
     def close(self) -> None:
         _shut_down(self._socket)
         self.close_copy()
-
-    def close_copy(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
 
     def abort(self) -> None:
         super().abort()
@@ -2222,15 +2218,14 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
 class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
     """A connection over an asyncio transport.
 
-    A transport and not a StreamReader, which cannot say what came before a reset.
-    TLS is left to _Tls, since transports do not tell a connection that was cut off from one that was closed, and cannot
-    begin TLS in a tunnel on Python 3.9 and 3.10 through a public name.
+    A transport and not a StreamReader, which cannot say what came before a reset. TLS is left to _Tls, since transports
+    do not tell a connection that was cut off from one that was closed, and cannot begin TLS in a tunnel on Python 3.9 and
+    3.10 through a public name.
     """
 
     def __init__(self, route: _Route, peer: str) -> None:
         super().__init__(route, peer)
         self._loop = asyncio.get_running_loop()
-        self._socket: Any = None
         self._transport: asyncio.Transport | None = None
         self._buffer = memoryview(bytearray(_SMALL_PIECE))
         self._arrived: collections.deque[bytes] = collections.deque()
@@ -2287,7 +2282,7 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
             self.has_sent = True
 
     async def _wait(self) -> None:
-        """Wait until there is news, or the deadline comes, which what has left the transport meanwhile pushes back."""
+        """Wait until there is news, or it is time to look again how an upload gets on, or to give up."""
         self._look()
         self._set_alarm()
         self._waiter = self._loop.create_future()
@@ -2386,10 +2381,6 @@ class _AsyncConnection(_Connection, asyncio.BufferedProtocol):
         if not self.closed.done() and not self._loop.is_closed():
             self.closed.set_result(None)
 
-    def close_copy(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
     def abort(self) -> None:
         super().abort()
         self.close()
@@ -2431,6 +2422,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
+        self.process = os.getpid()
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
 

@@ -4156,9 +4156,9 @@ def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients
     assert not stuck.is_set()
 
 
-def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(many: Path, is_pausing: Any) -> None:
+def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(many: Path, is_pausing: threading.Event) -> None:
     def interrupt() -> None:
-        is_pausing()
+        is_pausing.wait(30)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         if not is_over.wait(5):
             faults.append("it waits")
@@ -6345,18 +6345,18 @@ class Alarm(logging.Handler):
 
 
 @pytest.fixture
-def is_pausing() -> Iterator[Callable[[], bool]]:
-    """Wait until a call pauses before another try, which it says in the log."""
+def is_pausing() -> Iterator[threading.Event]:
+    """Tell when a call pauses before another try, which it says in the log."""
     alarm, log = Alarm(), logging.getLogger("boxer")
     log.addHandler(alarm)
-    yield lambda: alarm.has_rung.wait(30)
+    yield alarm.has_rung
     log.removeHandler(alarm)
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
-def test_a_call_can_be_broken_off_while_it_pauses(client_of: Clients, is_pausing: Any) -> None:
+def test_a_call_can_be_broken_off_while_it_pauses(client_of: Clients, is_pausing: threading.Event) -> None:
     def interrupt() -> None:
-        is_pausing()
+        is_pausing.wait(30)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     with Peer.answering(failing("429 Slow Down", Retry_After="60"), WELL) as peer:
@@ -6367,7 +6367,8 @@ def test_a_call_can_be_broken_off_while_it_pauses(client_of: Clients, is_pausing
                 client.run("image", ["true"])
         else:
             with pytest.raises(asyncio.CancelledError):
-                client.loop.run_until_complete(break_off("cancel", client.client.run("image", ["true"]), is_pausing))
+                run = client.client.run("image", ["true"])
+                client.loop.run_until_complete(break_off("cancel", run, lambda: is_pausing.wait(30)))
         assert client.health()
 
 
@@ -6380,7 +6381,7 @@ IN_FLIGHT: dict[str, list[Call]] = {
 }
 
 
-def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausing: Any) -> None:
+def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausing: threading.Event) -> None:
     is_over, faults = threading.Event(), list[str]()
 
     def watch() -> None:
@@ -6388,7 +6389,7 @@ def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausi
             faults.append("it waits")
 
     def tell() -> None:
-        is_pausing()
+        is_pausing.wait(30)
         waiting.set()
         watching.start()
 
@@ -7427,24 +7428,13 @@ def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used() -> None:
         asyncio.run(main())
 
 
-def test_closing_a_client_ends_the_pause_of_its_call_at_once(client_of: Clients) -> None:
+def test_closing_a_client_ends_the_pause_of_its_call_at_once(client_of: Clients, is_pausing: threading.Event) -> None:
     """As the log tells, the pause has begun, or is about to."""
-    paused = threading.Event()
-
-    class Noting(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            paused.set()
-
-    noting = Noting()
-    logging.getLogger("boxer").addHandler(noting)
-    try:
-        with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600")]) as host:
-            client = client_of(host.url, timeout=None)
-            (ended,) = closed_meanwhile(client, [RUN_IT], paused)
-            assert is_expected(ended, lost("the client was closed"))
-        assert host.connections == 1
-    finally:
-        logging.getLogger("boxer").removeHandler(noting)
+    with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600")]) as host:
+        client = client_of(host.url, timeout=None)
+        (ended,) = closed_meanwhile(client, [RUN_IT], is_pausing)
+        assert is_expected(ended, lost("the client was closed"))
+    assert host.connections == 1
 
 
 def test_closing_a_client_ends_an_attempt_to_connect_at_once(client_of: Clients) -> None:
