@@ -269,7 +269,7 @@ class RunResult:
     def __post_init__(self) -> None:
         for name, kind in _RESULT_TYPES:
             value = self.__dict__[name]
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if type(value) is not kind and (type(value) is bool or not isinstance(value, kind)):
                 raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
 
     @property
@@ -1860,6 +1860,7 @@ class _Client:
         headers: Mapping[str, str] | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
+        self._load()
         self._settings: dict[str, Any] = {
             "base_url": base_url,
             "timeout": _seconds("timeout", timeout),
@@ -1874,6 +1875,9 @@ class _Client:
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by process, or by event loop
         self._is_closed = False
+
+    def _load(self) -> None:
+        """Import what this kind of client needs."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._origin.url!r})"
@@ -1912,7 +1916,7 @@ class _Client:
                 if opener is None:  # with one it would come to the same, and take 4 µs more
                     response = await pool.exchange(self._route, self._context, head, call)
                 else:
-                    response = _sent_through(opener, self._origin, call)
+                    response = _sent_through(opener, self._origin, call, pool)
                 pause = call.pause_after(response)
                 if pause is None:
                     return response
@@ -2008,8 +2012,7 @@ class _ConnectionHandler:
 
     handler_order = 500
 
-    def __init__(self, pool: Callable[[], _SyncPool], context: ssl.SSLContext | None) -> None:
-        self._pool = pool
+    def __init__(self, context: ssl.SSLContext | None) -> None:
         self._context = context
 
     def __lt__(self, other: Any) -> bool:
@@ -2019,7 +2022,8 @@ class _ConnectionHandler:
         self.parent = parent
 
     def http_open(self, request: Any) -> _Response:
-        """Send a request that other handlers may have changed; its `timeout` is the _Call."""
+        """Send a request that other handlers may have changed; its `timeout` is the pool and the _Call."""
+        pool, call = request.timeout
         fields = {**request.headers, **request.unredirected_hdrs}
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
@@ -2027,7 +2031,7 @@ class _ConnectionHandler:
         route, fields = _route(request.type, request.host, tunnel, fields)
         head = _encoded_head(request.get_method(), request.selector, _encoded_fields(fields))
         context = _tls_context(route.scheme, self._context)
-        return _now(self._pool().exchange, route, context, head, request.timeout)
+        return _now(pool.exchange, route, context, head, call)  # type: ignore[no-any-return]
 
     https_open = http_open
 
@@ -2082,7 +2086,7 @@ class BoxerClient(_Client):
         settings = {"retries": retries, "max_connections": max_connections, "headers": headers}
         super().__init__(base_url, timeout, **settings, ssl_context=ssl_context)  # type: ignore[arg-type]  # as above
         self._settings["handlers"] = handlers
-        self._opener = _opener(handlers, self._current_pool, self._context) if handlers else None
+        self._opener = _opener(handlers, self._context) if handlers else None
 
     def __enter__(self) -> BoxerClient:
         self._check_open()
@@ -2205,11 +2209,11 @@ class BoxerClient(_Client):
             raise
 
 
-def _opener(handlers: Iterable[Any], pool: Callable[[], _SyncPool], context: ssl.SSLContext | None) -> Any:
+def _opener(handlers: Iterable[Any], context: ssl.SSLContext | None) -> Any:
     import urllib.request
 
     opener = urllib.request.OpenerDirector()
-    for handler in (_ConnectionHandler(pool, context), *map(copy.copy, handlers)):  # each belongs to one opener
+    for handler in (_ConnectionHandler(context), *map(copy.copy, handlers)):  # each belongs to one opener
         opener.add_handler(handler)
     return opener
 
@@ -2223,7 +2227,7 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
     return handlers
 
 
-def _sent_through(opener: urllib.request.OpenerDirector, origin: _Origin, call: _Call) -> _Response:
+def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
     """Send a request through an opener, to its handlers' liking."""
     import urllib.request
     from urllib.error import HTTPError, URLError
@@ -2235,7 +2239,7 @@ def _sent_through(opener: urllib.request.OpenerDirector, origin: _Origin, call: 
     request.host, request.selector = origin.next_hop, origin.prefix + call.request.target
     request._tunnel_host = origin.tunnel  # noqa: SLF001 - urllib has no other name for it
     try:
-        response = opener.open(request, timeout=call)  # type: ignore[arg-type]  # handlers pass it on untouched
+        response = opener.open(request, timeout=(pool, call))  # which handlers pass on untouched
     except HTTPError as error:  # only from a handler that the user has added, as any other response
         response = error
     except URLError as error:
@@ -2510,21 +2514,9 @@ class AsyncBoxerClient(_Client):
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        timeout: float | None = 120.0,
-        *,
-        retries: int = 2,
-        max_connections: int = 100,
-        headers: Mapping[str, str] | None = None,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
+    def _load(self) -> None:
         global asyncio  # noqa: PLW0603 - see the top of the file
         import asyncio
-
-        settings = {"retries": retries, "max_connections": max_connections, "headers": headers}
-        super().__init__(base_url, timeout, **settings, ssl_context=ssl_context)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()

@@ -2268,6 +2268,7 @@ import enum
 import errno
 import hashlib
 import http.client
+import importlib
 import inspect
 import ssl
 import traceback
@@ -2911,10 +2912,10 @@ class PlainCalls:
 class Clients:
     """Makes clients of one kind, "sync" or "async", and closes them all; of "async" ones, on a loop of its own."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.kind = kind
         self.cls: Any = BoxerClient if kind == "sync" else AsyncBoxerClient
-        self.loop = asyncio.new_event_loop()
+        self.loop = loop or asyncio.new_event_loop()
         self._made: list[Any] = []
 
     def __call__(self, base_url: str | None = None, **settings: Any) -> Any:
@@ -7791,6 +7792,257 @@ def test_an_answer_cut_off_behind_a_proxy_is_no_answer(client_of: Clients, proxy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Work: how much of it a call takes, counted in what does not vary between machines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def program_beside_boxer(folder: Path, code: str, *arguments: str, under: Sequence[str] = ()) -> str:
+    """Run a program beside a copy of the client, without any installed package, and return what it prints."""
+    shutil.copy(inspect.getfile(boxer), folder)
+    (folder / "program.py").write_text(code, "utf-8")
+    line = [*under, sys.executable, "-E", "-S", "-W", "error", "program.py", *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_importing_the_client_imports_only_what_every_client_needs(tmp_path: Path) -> None:
+    code = """
+import sys
+import boxer
+for client in (None, boxer.BoxerClient, boxer.AsyncBoxerClient):
+    client and client("http://127.0.0.1:1").__setattr__("_is_closed", True)
+    print([name for name in ("asyncio", "ssl", "urllib.request", "http.client", "email") if name in sys.modules])
+"""
+    nothing, for_blocking, for_asyncio = program_beside_boxer(tmp_path, code).splitlines()
+    assert nothing == for_blocking == "[]"
+    assert for_asyncio.startswith("['asyncio'")
+
+
+RUNS = """
+import asyncio, os, sys
+from boxer import AsyncBoxerClient, BoxerClient
+
+def run(url):
+    with BoxerClient(url) as client:
+        for number in range(13):
+            if number == 3:
+                os.write(1, b"begin")
+            client.run("image", ["true"])
+        os.write(1, b"end")
+
+async def run_async(url):
+    async with AsyncBoxerClient(url) as client:
+        for number in range(13):
+            if number == 3:
+                os.write(1, b"begin")
+            await client.run("image", ["true"])
+        os.write(1, b"end")
+
+kind, url = sys.argv[1:]
+run(url) if kind == "sync" else asyncio.run(run_async(url))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed on this machine")
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # whether the connection is still good, the request, the wait, the answer
+        ("sync", {"poll": 2, "sendto": 1, "recvfrom": 1}),
+        # the same, but that the wait is the loop's, which goes round a second time to let the task go on
+        ("async", {"poll": 1, "sendto": 1, "epoll_wait": 2, "recvfrom": 1}),
+    ],
+)
+def test_a_run_on_a_kept_connection_takes_so_many_system_calls(
+    tmp_path: Path, kind: str, expected: dict[str, int]
+) -> None:
+    trace = tmp_path / "trace"
+    calls = "trace=%network,poll,ppoll,select,pselect6,epoll_wait,epoll_pwait,epoll_ctl,ioctl,fcntl,futex,write"
+    with Host(lambda _: [RAN]) as host:
+        under = [shutil.which("strace") or "", "-f", "-qq", "-e", "signal=none", "-e", calls, "-o", str(trace)]
+        program_beside_boxer(tmp_path, RUNS, kind, host.url, under=under)
+    lines = trace.read_text().partition('"begin"')[2].partition('"end"')[0].splitlines()[1:-1]
+    names = collections.Counter(
+        re.findall(r"^\d+ +(?:\w*?p)??(poll|epoll_p?wait|\w+)\(", "\n".join(lines), re.MULTILINE)
+    )
+    names = collections.Counter({name.replace("pwait", "wait"): count for name, count in names.items()})
+    assert names == {name: 10 * count for name, count in expected.items()}
+    assert host.connections == 1
+
+
+class Counting:
+    """Counts the calls of Python functions in this thread."""
+
+    def __enter__(self) -> Counting:
+        self.calls = 0
+        sys.setprofile(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _count(self, _frame: Any, event: str, _: Any) -> None:
+        self.calls += event == "call"
+
+
+def test_a_run_on_a_kept_connection_takes_few_function_calls(client_of: Clients) -> None:
+    with Host(lambda _: [RAN]) as host:
+        client = client_of(host.url)
+        client.run("image", ["true"])
+        with Counting() as counting:
+            client.run("image", ["true"])
+    # It takes 54 on Python 3.13; with asyncio, those of the loop that is started and stopped for it come on top.
+    assert counting.calls <= (60 if client_of.kind == "sync" else 145)
+
+
+def test_a_run_on_a_kept_connection_waits_once() -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            await client.run("image", ["true"])
+            call = client.run("image", ["true"])
+            await asyncio.wait([call.send(None)])  # what it waits for, as a task does
+            with pytest.raises(StopIteration):
+                call.send(None)
+
+    with Host(lambda _: [RAN]) as host:
+        asyncio.run(main())
+
+
+def test_a_call_of_many_at_once_takes_no_more_than_one_of_few() -> None:
+    async def calls_of(count: int) -> float:
+        async with AsyncBoxerClient(host.url, max_connections=5) as client:
+            await client.health()
+            with Counting() as counting:
+                await asyncio.gather(*[client.run("image", ["true"]) for _ in range(count)])
+        return counting.calls / count
+
+    with Host(lambda request: [RAN if "/run" in request.line else WELL]) as host:
+        few, many = asyncio.run(calls_of(100)), asyncio.run(calls_of(2_000))
+    assert host.connections == 2 * 5
+    assert many <= 1.1 * few
+
+
+TRANSFERS = """
+import asyncio, sys, tracemalloc
+from boxer import AsyncBoxerClient, BoxerClient
+
+def transfer(url):
+    with BoxerClient(url) as client, open("large", "rb") as file:
+        client.health()
+        tracemalloc.start()
+        client.upload_file("large", file)
+        up = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak() if hasattr(tracemalloc, "reset_peak") else None
+        content = client.download_file("large")
+        return up, tracemalloc.get_traced_memory()[1] - len(content)
+
+async def transfer_async(url):
+    async with AsyncBoxerClient(url) as client:
+        with open("large", "rb") as file:
+            await client.health()
+            tracemalloc.start()
+            await client.upload_file("large", file)
+        up = tracemalloc.get_traced_memory()[1]
+        content = await client.download_file("large")
+        return up, tracemalloc.get_traced_memory()[1] - len(content)
+
+kind, url = sys.argv[1:]
+print(*(transfer(url) if kind == "sync" else asyncio.run(transfer_async(url))))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_sent(tmp_path: Path, kind: str) -> None:
+    content = os.urandom(MIB) * 64
+    (tmp_path / "large").write_bytes(content)
+    said = {"GET /healthz": [WELL], "POST /files": [STORED], "GET /files?path=large": [answer(content)]}
+    with Host(lambda request: said[request.line.rpartition(" ")[0]]) as host:
+        up, down = map(int, program_beside_boxer(tmp_path, TRANSFERS, kind, host.url).split())
+    assert up < 4 * MIB
+    # Of what is received, an eighth of room to grow is asked for, most of which the system never gives.
+    assert down < (64 / 8 + 3) * MIB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waiting in other ways: without poll(), on an event loop that cannot watch a socket, and on another event loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Unwatching(asyncio.SelectorEventLoop):
+    """An event loop that cannot watch a socket, as the default one of Windows."""
+
+    def add_reader(self, *_: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    def remove_reader(self, *_: Any) -> bool:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="session")
+def uvloop() -> Any:
+    """Import uvloop, which opens a pipe for its first loop, and keeps it."""
+    module = importlib.import_module("uvloop")
+    module.new_event_loop().close()
+    return module
+
+
+@pytest.fixture(params=["sync, select", "async, select", "async, a loop that cannot watch", "async, uvloop"])
+def client_otherwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, uvloop: Any) -> Iterator[Clients]:
+    """Make clients that wait otherwise than usual."""
+    kind, way = request.param.split(", ")
+    if way == "select":
+        monkeypatch.delattr(select, "poll")  # as on Windows
+    loops = {"a loop that cannot watch": Unwatching, "uvloop": uvloop.new_event_loop}
+    with contextlib.closing(Clients(kind, loops.get(way, asyncio.new_event_loop)())) as clients:
+        yield clients
+
+
+def test_calls_work_however_the_client_waits(client_otherwise: Clients) -> None:
+    content = os.urandom(MIB) * 5
+
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [RAN]
+        return [STORED] if "POST" in request.line else [answer(content)[:-1], lambda: time.sleep(0), content[-1:]]
+
+    with Host(respond) as host:
+        client = client_otherwise(host.url)
+        for _ in range(3):
+            assert client.run("image", ["true"]).exit_code == 0
+            assert client.upload_file("a", content) is None
+            assert client.upload_file("a", io.BytesIO(content)) is None
+            assert client.download_file("a") == content
+        runs = gather(client, [("run", ("image", ["true"]), {})] * 20)
+        assert [run.exit_code for run in runs] == [0] * 20
+    assert host.seen[1].body.count(content) == host.seen[2].body.count(content) == 1
+
+
+def test_faults_are_the_same_however_the_client_waits(client_otherwise: Clients) -> None:
+    """A refused upload, a connection that ends while it is idle, a peer that is silent, and one that stops reading."""
+    ended, over = threading.Event(), threading.Event()
+
+    def end(sock: Any) -> None:
+        sock.shutdown(socket.SHUT_RDWR)
+        ended.set()
+
+    script: list[list[Any]] = [
+        [Do.HEAD, lambda sock: sock.recv(1000), failing("413 Too Large"), Do.DRAIN],
+        [Do.REQUEST, WELL, end, Do.FIN],
+        [Do.REQUEST, Do.DRAIN],
+        [Do.HEAD, lambda _: over.wait(30), Do.FIN],
+    ]
+    with Peer(script) as peer:
+        client = client_otherwise(peer.url)
+        assert is_expected(outcome(client, LARGE), refusal(413))
+        assert client.health() and ended.wait(30)
+        assert is_expected(outcome(client, RUN_IT, timeout=0.3), (BoxerTimeoutError, 0, "0.3 s"))
+        assert is_expected(outcome(client, LARGE, timeout=0.3), (BoxerTimeoutError, 0, "no progress"))
+        over.set()
+    assert is_expected(outcome(client_otherwise(refused_url(), retries=0), RUN_IT), lost("no connection"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The README: what it shows is run, and what it lists is compared with what there is
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -7884,6 +8136,14 @@ def test_every_promise_of_the_readme_names_tests_that_there_are() -> None:
     for row in rows:
         named = re.findall(r"`(\w+)`", row.split("|")[2])
         assert named and {f"test_{name}" for name in named} <= tests, row
+
+
+@pytest.mark.skipif(not (HERE / ".bench").is_dir(), reason="the benchmark is not here")
+@pytest.mark.parametrize("mark", ["time", "memory"])
+def test_the_figures_of_the_readme_are_those_that_were_measured_last(mark: str) -> None:
+    program = [sys.executable, ".bench/bench.py", "--print", mark]
+    measured = subprocess.run(program, cwd=HERE, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert f"<!-- bench {mark} -->\n{measured}<!-- end -->\n" in README
 
 
 def test_the_readme_lists_every_error() -> None:
