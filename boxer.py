@@ -1110,7 +1110,7 @@ class _Decoder:
         self._searched = 0  # how far from there a delimiter has been looked for
         self._left = 0  # bytes of the content, or of a chunk, that are still to come
         self._ends_with_connection = self._is_chunked = False
-        self._content = io.BytesIO()  # its getvalue() shares the buffer: content is in memory once
+        self._content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
         # The step that comes next: it takes what it can, and tells whether it has come to its end.
         self._step: Callable[[_Decoder], bool] = _Decoder._take_head
 
@@ -1135,7 +1135,8 @@ class _Decoder:
         self._complete(self.response)
 
     def _complete(self, response: _Response) -> None:
-        response.content = self._content.getvalue()
+        if self._content is not None:
+            response.content = self._content.getvalue()
         self.is_reusable = self.is_reusable and not response.is_cut
         self.is_complete = True
 
@@ -1168,9 +1169,9 @@ class _Decoder:
     def _begin_content(self, response: _Response, is_old: bool) -> None:
         """Find out where the content ends: RFC 9112, section 6.3."""
         fields = response.fields
-        options, coding, length = map(fields.get, ("connection", "transfer-encoding", "content-length"))
-        is_last = options is not None and "close" in map(str.strip, options.lower().split(","))
-        self.is_reusable = not (is_old or is_last)
+        coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+        options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
+        self.is_reusable = not (is_old or "close" in options)
         if not response.is_success:
             self._limit = _ERROR_LIMIT
         if response.code in (204, 304) or (self._method == "CONNECT" and response.is_success):
@@ -1189,9 +1190,13 @@ class _Decoder:
         """Take content, or a chunk of it, as long as it is; stop at the limit."""
         response = self.response
         assert response is not None  # its head came before
-        data = memoryview(self._data)[self._at : self._at + self._left]
+        data = self._data[self._at : self._at + self._left]
         size = len(data) if self._limit is None else min(len(data), self._limit - self.size)
-        self._content.write(data[:size])
+        if size == self._left and not (self._content or self._is_chunked):
+            response.content = bytes(data)  # most content comes at once
+        else:
+            self._content = self._content or io.BytesIO()
+            self._content.write(data[:size])
         self.size += size
         self._at += size
         self._left -= len(data)
@@ -1688,13 +1693,17 @@ class _Pool(Generic[_C]):
             return turn
 
     async def _wait_for_turn(self, turn: Any, call: _Call) -> None:
-        since = time.monotonic()
         call.abort = lambda _: turn.set()
-        if not self.is_closed and call.left > 0:
+        while not self._is_let_in(call):
+            if self.is_closed or call.left <= 0:
+                raise self._stopped(call, "while it waited for its turn")
+            since = time.monotonic()
             await self._wait_for(turn)
-        call.waited(time.monotonic() - since)
-        if call not in self._busy:
-            raise self._stopped(call, "while it waited for its turn")
+            call.waited(time.monotonic() - since)
+
+    def _is_let_in(self, call: _Call) -> bool:
+        with self._lock:  # the thread that gives the turn may not be done with it
+            return call in self._busy
 
     def leave(self, call: _Call) -> None:
         """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""

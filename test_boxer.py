@@ -6445,6 +6445,21 @@ def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -
         return [future.exception() for future in futures]
 
 
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_that_take_turns_at_few_connections_all_get_theirs(hasty_threads: None) -> None:
+    with Host(lambda _: [RAN]) as host, BoxerClient(host.url, max_connections=2) as client:
+        with ThreadPoolExecutor(16) as executor:
+            assert {*executor.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
+
+
 # Forks and loops
 
 
