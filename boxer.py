@@ -59,15 +59,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, Union
 
-# More than half of the time to import this file would be theirs, so a client imports those that it needs when it is
-# made: an AsyncBoxerClient the first, one for https the second, and the third if there may be a proxy, or for handlers.
+# Two thirds of the time to import this file would be theirs: see `_load`.
 if TYPE_CHECKING:
-    import asyncio  # noqa: TC004
-    import ssl  # noqa: TC004
-    import urllib.request  # noqa: TC004
-    from email.message import Message
+    import asyncio
+    import email.message
+    import email.utils
+    import ssl
+    import urllib.error
+    import urllib.request
 
-# Not where it is needed: a child forked while another thread imports a module waits for it in vain.
 try:
     import fcntl
     import termios
@@ -94,6 +94,15 @@ __all__ = [
 _LOG = logging.getLogger("boxer")
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound="_Connection")
+
+
+def _load(*modules: str) -> None:
+    """Import what a client needs, and not everybody does: when it is made, and not later.
+
+    For a child that is forked while another thread imports a module waits for it in vain.
+    """
+    globals().update({module.partition(".")[0]: __import__(module) for module in modules})
+
 
 # What a file's content may be given as.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
@@ -223,7 +232,7 @@ def _environment(env: Any) -> tuple[str, ...]:
             if "=" in _text("each name in env", name):
                 raise BoxerValidationError("a name in env has an '=' in it")
             _text(f"the value of {name!r} in env", value)
-        env = [f"{name}={value}" for name, value in env.items()]
+        env = ["=".join(item) for item in env.items()]
     entries = _texts("env", env)
     for entry in entries:
         if entry.find("=") < 1:
@@ -247,7 +256,7 @@ def _limits(limits: Any) -> ResourceLimits:
 def _path(path: Any) -> str:
     if not _text("path", path):
         raise BoxerValidationError("a path is empty; give one below the store, for instance 'data/input.txt'")
-    return str(path)
+    return str.__str__(path)  # and not what a subclass, such as an Enum's, calls itself
 
 
 @dataclass
@@ -646,10 +655,8 @@ class _Response:
         self.content = b""
         self.is_cut = False  # the content was longer than the limit
 
-    def info(self) -> Message:
-        from email.message import Message
-
-        message = Message()
+    def info(self) -> email.message.Message:
+        message = email.message.Message()
         for name, value in self.field_lines:
             message[name] = value
         return message
@@ -702,6 +709,9 @@ def _json_object(response: _Response) -> dict[str, Any]:
         raise BoxerAPIError(message, response.code) from error
 
 
+_JSON_SHAPE_LIMIT = 1024 * 1024  # bytes outside of strings
+
+
 def _decoded_json_object(content: bytes) -> dict[str, Any]:
     if len(content) > _JSON_SHAPE_LIMIT:
         _check_shape(content)
@@ -728,9 +738,6 @@ def _check_shape(content: bytes) -> None:
         at = end + 1 or len(content)
     if outside > _JSON_SHAPE_LIMIT:
         raise ValueError("there is too much of it beside text")
-
-
-_JSON_SHAPE_LIMIT = 1024 * 1024  # bytes outside of strings
 
 
 def _json_integer(digits: str) -> int:  # pragma: no cover - as any Python of today does
@@ -777,7 +784,7 @@ def _status(response: _Response) -> str:
 # ---- Policy ----------------------------------------------------------------------------------------------------------
 
 
-_CLIENTS: Any = ...  # the default of a parameter for which None has a meaning: the client's setting
+_CLIENT_DEFAULT: Any = ...  # the default of a parameter for which None has a meaning: the client's setting
 
 
 class _Origin(NamedTuple):
@@ -858,7 +865,7 @@ def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
     except UnicodeError:
         host = ""
     is_bracketed = parts.netloc.rpartition("@")[2].startswith("[")
-    if not re.fullmatch(_IPV6 if is_bracketed else _HOST, host) or is_bracketed != (":" in host):
+    if len(host) > 253 or is_bracketed != (":" in host) or not re.fullmatch(_IPV6 if is_bracketed else _HOST, host):
         raise BoxerValidationError(f"the host in {name} is not a name or address")
     host = f"[{host}]" if ":" in host else host
     port = parts.port or _DEFAULT_PORTS[parts.scheme]
@@ -883,8 +890,7 @@ def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.Spli
         return None
     if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None
-    import urllib.request
-
+    _load("urllib.request")
     url = urllib.request.getproxies().get(parts.scheme)
     if not url or urllib.request.proxy_bypass(authority):
         return None
@@ -959,6 +965,7 @@ class _Call:
         self._retries = 0 if sent_once else default_retries if retries is None else retries
         self._race_tries = _RACE_TRIES if request.is_run and not request.has_network and self._retries else 0
         self._tries = 0
+        self.was_sent = False  # by a try that is over
         self.abort: Callable[[_Call], Any] | None = None  # breaks off what is going on
 
     def cancel(self) -> None:
@@ -977,10 +984,6 @@ class _Call:
         """Seconds to the deadline, never more than an operating system can wait for; 0 or less: it has passed."""
         return min(self._end - time.monotonic(), _LONGEST_WAIT)
 
-    @property
-    def is_moving(self) -> bool:
-        return self.is_sending or self.is_receiving
-
     def moved(self) -> None:
         """Push the deadline back, since some content has moved."""
         self._end = time.monotonic() + self.timeout
@@ -990,7 +993,7 @@ class _Call:
         self._end += seconds
 
     def timed_out(self, peer: str) -> BoxerTimeoutError:
-        what = "no progress" if self.is_moving else "no complete answer"
+        what = "no progress" if self.is_sending or self.is_receiving else "no complete answer"
         return BoxerTimeoutError(f"{peer}: {what} within {self.timeout:g} s; the client gave up", 0)
 
     def goes_once_more(self, error: BoxerConnectionError) -> bool:
@@ -1042,12 +1045,9 @@ def _retry_after(value: str) -> float:
     """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is none."""
     if re.fullmatch("[0-9]+", value):
         return float(value)
-    from datetime import timezone
-    from email.utils import parsedate_to_datetime
-
     try:
-        date = parsedate_to_datetime(value)
-        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() - time.time()
+        date: Any = email.utils.parsedate_tz(value)
+        return email.utils.mktime_tz((*date[:9], date[9] or 0)) - time.time()
     except (IndexError, OverflowError, TypeError, ValueError):
         return 0.0
 
@@ -1294,9 +1294,13 @@ def _decoded_length(value: str) -> int:
 _TLS_RECORD = 16 * 1024  # the most that one record can hold
 _Move = Callable[[Union[bytes, memoryview, None]], Awaitable[Union[bytes, memoryview, None]]]  # see _Connection.move
 
-# Bytes to receive at a time as long as no more come: then a _PIECE is received into room that is used again, since to
-# get new memory from the system for each takes a fifth of the time of a large download.
-_SMALL_PIECE = 16 * 1024
+
+@contextlib.contextmanager
+def _tls_errors() -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise _TlsError(f"TLS failed: {error}") from error
 
 
 class _Tls:
@@ -1304,9 +1308,10 @@ class _Tls:
 
     def __init__(self, context: ssl.SSLContext, host: str, move: _Move) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        with _tls_errors():
+            self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._move = move
-        self._partial = b""  # what arrived of a record that is not complete
+        self.partial = b""  # what arrived of a record that is not complete
         self._is_fresh = True  # what came with the end of the handshake may still be here, and not be decrypted
         self._has_ended = False  # with a close_notify
         self.lost: ssl.SSLError | None = None  # ended without, or broken
@@ -1314,13 +1319,9 @@ class _Tls:
     async def handshake(self) -> None:
         is_done = False
         while not is_done:
-            try:
+            with _tls_errors(), contextlib.suppress(ssl.SSLWantReadError):
                 self._object.do_handshake()
                 is_done = True
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError as error:
-                raise _TlsError(f"TLS failed: {error}") from error
             received = await self._move(self._outgoing.read()) if self._outgoing.pending else None
             if received is None and not is_done:
                 received = await self._move(None)
@@ -1330,7 +1331,8 @@ class _Tls:
     async def move(self, data: bytes | memoryview | None) -> bytes | memoryview | None:
         """Do as `_Connection.move` says, over TLS."""
         if data and self.is_open:
-            self._write(data)
+            with _tls_errors():
+                self._object.write(data)
         while self.is_open:
             if self._outgoing.pending:  # what was written, or an answer of TLS's own: to new keys, say
                 received = await self._move(self._outgoing.read())
@@ -1344,20 +1346,9 @@ class _Tls:
                 return decrypted or None
         return b""
 
-    def _write(self, data: bytes | memoryview) -> None:
-        try:
-            self._object.write(data)
-        except ssl.SSLError as error:
-            raise _TlsError(f"TLS failed: {error}") from error
-
     @property
     def is_open(self) -> bool:
         return not self._has_ended and self.lost is None
-
-    @property
-    def is_between_records(self) -> bool:
-        """Tell whether nothing has arrived of a record whose rest is still to come."""
-        return not self._partial
 
     def _decrypted(self, data: bytes | memoryview | None) -> bytes:
         """Decrypt what arrived (None: before); it may come to nothing, as session tickets do."""
@@ -1370,7 +1361,8 @@ class _Tls:
                 self._has_ended = not pieces[-1]
         except ssl.SSLWantReadError:
             # Said here, since OpenSSL may have been told not to.
-            self.lost = ssl.SSLEOFError("the connection ended without a close_notify") if data == b"" else None
+            if data == b"":
+                self.lost = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection ended without a close_notify")
         except ssl.SSLError as error:
             self.lost = error
         return b"".join(pieces)
@@ -1380,16 +1372,23 @@ class _Tls:
             self._incoming.write_eof()
             return
         self._incoming.write(data)
-        data, at = self._partial + data, 0
+        data, at = self.partial + data, 0
         while len(data) >= at + 5:  # a record's header, with its length: RFC 8446, section 5.1
             end = at + 5 + int.from_bytes(data[at + 3 : at + 5], "big")
             if end > len(data):
                 break
             at = end
-        self._partial = data[at:]
+        self.partial = data[at:]
 
 
 # ---- Both clients ----------------------------------------------------------------------------------------------------
+
+
+_READ, _WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
+
+# Bytes to receive at a time as long as no more come: then a _PIECE is received into room that is used again, since to
+# get new memory from the system for each takes a fifth of the time of a large download.
+_SMALL_PIECE = 16 * 1024
 
 
 class _SelectPoll:
@@ -1401,9 +1400,6 @@ class _SelectPoll:
     def poll(self, milliseconds: float) -> list[Any]:
         reading, writing = ([self._sock] if self._events & event else [] for event in (_READ, _WRITE))
         return [*itertools.chain(*select.select(reading, writing, writing, milliseconds / 1000))]
-
-
-_READ, _WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 
 
 class _Connection:
@@ -1428,6 +1424,7 @@ class _Connection:
         self._watched = 0  # the events that it looks for
         self._unsent: bytes | memoryview = b""  # what was to be sent and is not yet, since the peer does not take it
         self._room: memoryview | None = None  # to receive much into
+        self._given = self._taken = 0  # bytes of the request: by this client, and by the peer
         self._tls: _Tls | None = None
 
     def _make_socket(self, address: Any) -> None:
@@ -1485,8 +1482,8 @@ class _Connection:
         if response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
-        is_quiet = tls is None or (tls.is_open and tls.is_between_records)
-        self.is_reusable = was_sent and decoder.is_reusable and is_quiet
+        is_at_rest = tls is None or (tls.is_open and not tls.partial)
+        self.is_reusable = was_sent and decoder.is_reusable and is_at_rest
         return response
 
     @property
@@ -1499,7 +1496,7 @@ class _Connection:
         upload, pieces = (body, body.pieces()) if isinstance(body, _Multipart) else (None, iter((body,)))
         call.is_sending, call.is_receiving = upload is not None, False
         begin = head + next(pieces)
-        self._given, self._taken = len(begin), 0  # of the request: by this client, and by the peer
+        self._given, self._taken = len(begin), 0
         step: bytes | memoryview | None = begin
         while True:
             received = await move(step)
@@ -1522,7 +1519,7 @@ class _Connection:
         self._room = None  # which an idle connection does not need
         return upload is None or upload.is_given
 
-    def _look(self) -> float:
+    def _seconds_to_wait(self) -> float:
         """Return the seconds to wait until it is time to look again, or to give up; raise the error if it is.
 
         What was taken of an upload by the peer meanwhile pushes the deadline back.
@@ -1541,8 +1538,8 @@ class _Connection:
     async def move(self, data: bytes | memoryview | None) -> bytes | memoryview | None:
         """Send bytes and return None once they are sent, or what has arrived before; or (None) wait for what arrives.
 
-        What arrives is never empty, but at the end of the connection: b"". Then `lost` says whether it was lost. A
-        memoryview is good until the next move.
+        b"" sends what is still unsent. What arrives is never empty, but at the end of the connection: b"". Then `lost`
+        says whether it was lost. A memoryview is good until the next move.
         """
         if data is not None:
             self._send(b"".join((self._unsent, data)) if self._unsent else data)
@@ -1550,7 +1547,7 @@ class _Connection:
                 return None
         while True:
             is_sent = data is not None and not self._unsent and not self.lost
-            seconds = self._look()
+            seconds = self._seconds_to_wait()
             # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
             received = self._receive() if is_sent else await self._arrival(seconds)
             if received is not None or is_sent:
@@ -1689,21 +1686,21 @@ class _Pool(Generic[_C]):
             if len(self._busy) < self._size:
                 self._busy[call] = None
                 return None
-            turn = self._waiting[call] = self._new_turn()
+            turn = self._waiting[call] = self._new_bell()
             return turn
 
     async def _wait_for_turn(self, turn: Any, call: _Call) -> None:
-        call.abort = lambda _: turn.set()
-        while not self._is_let_in(call):
-            if self.is_closed or call.left <= 0:
-                raise self._stopped(call, "while it waited for its turn")
-            since = time.monotonic()
-            await self._wait_for(turn)
-            call.waited(time.monotonic() - since)
+        since = time.monotonic()
+        await self._wait(turn, call)
+        call.waited(time.monotonic() - since)
+        if call not in self._busy:
+            raise self._stopped(call, "while it waited for its turn")
 
-    def _is_let_in(self, call: _Call) -> bool:
-        with self._lock:  # the thread that gives the turn may not be done with it
-            return call in self._busy
+    async def _wait(self, bell: Any, call: _Call, *seconds: float) -> None:
+        """Wait for a bell, unless the call is broken off."""
+        call.abort = lambda _: bell.set()
+        if not self.is_closed and call.left > 0:
+            await bell.wait(*seconds)
 
     def leave(self, call: _Call) -> None:
         """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""
@@ -1720,10 +1717,12 @@ class _Pool(Generic[_C]):
 
     def _let_go_on(self) -> None:
         """Let those who wait have their turns."""
-        while self._waiting and len(self._busy) < self._size:
+        while self._waiting:
             following, turn = next(iter(self._waiting.items()))
+            if len(self._busy) >= self._size and following not in self._busy:
+                break
+            self._busy.setdefault(following)  # before it wakes and looks for itself there
             turn.set()
-            self._busy.setdefault(following)
             del self._waiting[following]
 
     def mend(self, call: _Call) -> None:
@@ -1778,12 +1777,12 @@ class _Pool(Generic[_C]):
     def _stopped(self, call: _Call, peer: str) -> BoxerError:
         """Return the error for a call that cannot go on: this client has been closed, or its time is up."""
         if self.is_closed:
-            return BoxerConnectionError(f"{peer}: the client was closed", request_sent=False)
+            return BoxerConnectionError(f"{peer}: the client was closed", call.was_sent)
         return call.timed_out(peer)
 
     async def _connect(self, route: _Route, call: _Call) -> _C:
         """Connect to the first of a name's addresses that lets it."""
-        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS[route.scheme])
+        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS["http" if route.tunnel else route.scheme])
         peer, last = f"{host}:{port}", None
         addresses: Sequence[Any] = ()
         try:
@@ -1791,10 +1790,10 @@ class _Pool(Generic[_C]):
         except OSError as error:
             last = error
         for position, address in enumerate(addresses):
-            if self.is_closed or call.left <= 0:
-                break
             connection = self._new_connection(route, peer)
             self._hold(call, connection)
+            if self.is_closed or call.left <= 0:  # looked at once it can be aborted, so that no `close` is missed
+                break
             try:
                 await connection.connect(address, call.left / (len(addresses) - position))  # they share what is left
                 return connection
@@ -1838,16 +1837,10 @@ class _Pool(Generic[_C]):
 
     # What blocks in one client and awaits in the other.
 
-    def _new_turn(self) -> Any:
-        raise NotImplementedError
-
-    async def _wait_for(self, turn: Any) -> None:
-        raise NotImplementedError
+    _new_bell: type[Any]
+    _new_connection: type[_C]
 
     async def _pause(self, call: _Call, seconds: float) -> None:
-        raise NotImplementedError
-
-    def _new_connection(self, route: _Route, peer: str) -> _C:
         raise NotImplementedError
 
     async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
@@ -1857,6 +1850,7 @@ class _Pool(Generic[_C]):
 class _Client:
     """What both clients have: their settings, and the tries of a call."""
 
+    _modules: tuple[str, ...] = ("email.utils",)
     _opener: Any = None  # a BoxerClient's that has handlers
 
     def __init__(
@@ -1869,7 +1863,7 @@ class _Client:
         headers: Mapping[str, str] | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._load()
+        _load(*self._modules)
         self._settings: dict[str, Any] = {
             "base_url": base_url,
             "timeout": _seconds("timeout", timeout),
@@ -1884,9 +1878,6 @@ class _Client:
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by process, or by event loop
         self._is_closed = False
-
-    def _load(self) -> None:
-        """Import what this kind of client needs."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._origin.url!r})"
@@ -1911,7 +1902,7 @@ class _Client:
 
     def _call(self, request: _Request, timeout: float | None, retries: int | None) -> _Call:
         self._check_open()
-        seconds = self._settings["timeout"] if timeout is _CLIENTS else _seconds("timeout", timeout)
+        seconds = self._settings["timeout"] if timeout is _CLIENT_DEFAULT else _seconds("timeout", timeout)
         if retries is not None:
             _count("retries", retries, 0)
         return _Call(request, seconds, retries, self._settings["retries"])
@@ -1929,8 +1920,10 @@ class _Client:
                 pause = call.pause_after(response)
                 if pause is None:
                     return response
+                call.was_sent = True
             except BoxerConnectionError as error:
                 pause = None if pool.is_closed else call.pause_after(error)
+                error.request_sent = call.was_sent = call.was_sent or error.request_sent
                 if pause is None:
                     raise
             await pool.pause(call, pause)
@@ -1942,9 +1935,7 @@ class _Client:
 def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
     if scheme == "http":
         return None
-    global ssl  # noqa: PLW0603 - see the top of the file
-    import ssl
-
+    _load("ssl")
     return context or ssl.create_default_context()
 
 
@@ -1989,28 +1980,19 @@ class _Bell:
     def set(self) -> None:
         self._rings.put(None)
 
-    def wait(self, timeout: float | None = None) -> None:
+    async def wait(self, seconds: float | None = None) -> None:
         with contextlib.suppress(queue.Empty):
-            self._rings.get(timeout=timeout)
+            self._rings.get(timeout=seconds)
 
 
 class _SyncPool(_Pool[_SyncConnection]):
     """The connections of a BoxerClient within one process."""
 
-    def _new_turn(self) -> _Bell:
-        return _Bell()
-
-    async def _wait_for(self, turn: _Bell) -> None:
-        turn.wait()
+    _new_bell = _Bell
+    _new_connection = _SyncConnection
 
     async def _pause(self, call: _Call, seconds: float) -> None:
-        is_over = _Bell()
-        call.abort = lambda _: is_over.set()
-        if not self.is_closed and call.left > 0:
-            is_over.wait(seconds)
-
-    def _new_connection(self, route: _Route, peer: str) -> _SyncConnection:
-        return _SyncConnection(route, peer)
+        await self._wait(_Bell(), call, seconds)
 
     async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -2071,7 +2053,7 @@ class BoxerClient(_Client):
     max_connections: how many there may be at once; further calls wait, which does not count against their timeout.
     headers: header fields to add to each request.
     ssl_context: for https, in place of the default one: with a private CA, say, or a client certificate.
-    handlers: of urllib.request, to add to the opener: for digest authentication, or cookies.
+    handlers: of urllib.request, to send requests through: for digest authentication, or cookies.
 
     The proxy for the server, if any, is what the environment names (http_proxy, https_proxy, no_proxy).
 
@@ -2092,8 +2074,14 @@ class BoxerClient(_Client):
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
         handlers = _checked_handlers(handlers)
-        settings = {"retries": retries, "max_connections": max_connections, "headers": headers}
-        super().__init__(base_url, timeout, **settings, ssl_context=ssl_context)  # type: ignore[arg-type]  # as above
+        super().__init__(
+            base_url,
+            timeout,
+            retries=retries,
+            max_connections=max_connections,
+            headers=headers,
+            ssl_context=ssl_context,
+        )
         self._settings["handlers"] = handlers
         self._opener = _opener(handlers, self._context) if handlers else None
 
@@ -2123,10 +2111,11 @@ class BoxerClient(_Client):
         if pool is None:
             pool = self._pools.setdefault(process, _SyncPool(self._settings["max_connections"]))
             for other in set(self._pools) - {process}:
-                self._pools.pop(other, _SyncPool(0)).leave_to_parent()  # unless another thread has been here
+                with contextlib.suppress(KeyError):  # another thread has been here
+                    self._pools.pop(other).leave_to_parent()
         return pool
 
-    def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
+    def health(self, *, timeout: float | None = _CLIENT_DEFAULT, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
         return self._answer(self._call(_HEALTH_REQUEST, timeout, retries)).is_success
 
@@ -2142,7 +2131,7 @@ class BoxerClient(_Client):
         persist: bool = False,
         network: str | None = None,
         check: bool = False,
-        timeout: float | None = _CLIENTS,
+        timeout: float | None = _CLIENT_DEFAULT,
         retries: int | None = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
@@ -2165,7 +2154,7 @@ class BoxerClient(_Client):
         return _run_result(self._answer(self._call(request, timeout, retries)), check)
 
     def upload_file(
-        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENTS, retries: int | None = None
+        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
     ) -> None:
         """Upload content into the server's store.
 
@@ -2181,7 +2170,7 @@ class BoxerClient(_Client):
         local_path: str | os.PathLike[str],
         remote_path: str | None = None,
         *,
-        timeout: float | None = _CLIENTS,
+        timeout: float | None = _CLIENT_DEFAULT,
         retries: int | None = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
@@ -2204,7 +2193,7 @@ class BoxerClient(_Client):
         _for_each(upload, files)
         return [remote for _, remote in files]
 
-    def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
+    def download_file(self, path: str, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
         return _file_content(self._answer(self._call(_download_request(path), timeout, retries)))
 
@@ -2219,8 +2208,7 @@ class BoxerClient(_Client):
 
 
 def _opener(handlers: Iterable[Any], context: ssl.SSLContext | None) -> Any:
-    import urllib.request
-
+    _load("email.message", "urllib.request")
     opener = urllib.request.OpenerDirector()
     for handler in (_ConnectionHandler(context), *map(copy.copy, handlers)):  # each belongs to one opener
         opener.add_handler(handler)
@@ -2238,9 +2226,6 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
 
 def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
     """Send a request through an opener, to its handlers' liking."""
-    import urllib.request
-    from urllib.error import HTTPError, URLError
-
     body: Any = call.request.body or None
     fields = {**origin.fields, **call.request.fields}
     url, method = origin.url + call.request.target, call.request.method
@@ -2249,9 +2234,9 @@ def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -
     request._tunnel_host = origin.tunnel  # noqa: SLF001 - urllib has no other name for it
     try:
         response = opener.open(request, timeout=(pool, call))  # which handlers pass on untouched
-    except HTTPError as error:  # only from a handler that the user has added, as any other response
+    except urllib.error.HTTPError as error:  # only from a handler that the user has added, as any other response
         response = error
-    except URLError as error:
+    except urllib.error.URLError as error:
         raise BoxerConnectionError(f"{origin.authority}: {error.reason}") from error
     try:
         return response if isinstance(response, _Response) else _adopted(response)
@@ -2277,8 +2262,6 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
 
     The function announces each of its calls with what it gets as its second argument.
     """
-    from concurrent.futures import ThreadPoolExecutor, wait  # not needed by those who send no folder
-
     remaining, is_over = iter(items), threading.Event()
     calls: dict[int, _Call] = {}  # by thread
     failures: list[BaseException] = []
@@ -2301,15 +2284,25 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
                 failures.append(error)
                 end()
 
-    workers = max(1, min(_AT_A_TIME, len(items)))
-    with ThreadPoolExecutor(workers) as executor:
-        try:
-            wait([executor.submit(work) for _ in range(workers)])
-        except BaseException:
-            end()
-            raise
+    _in_threads(work, min(_AT_A_TIME, len(items)), end)
     if failures:
         raise failures[0]
+
+
+def _in_threads(work: Callable[[], None], count: int, end: Callable[[], None]) -> None:
+    """Do a work in several threads; if this one is interrupted, end it, and wait for them all the same."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        end()
+        for thread in threads:
+            if thread.ident is not None:  # it was started
+                thread.join()
+        raise
 
 
 # ---- Async client ----------------------------------------------------------------------------------------------------
@@ -2318,8 +2311,8 @@ def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Se
 class _AsyncConnection(_Connection):
     """A connection whose socket an event loop watches.
 
-    Without asyncio's streams and transports: these cannot say what came before a reset, nor begin TLS in a tunnel on
-    Python 3.9 and 3.10 through a public name, nor tell a TLS connection that was cut off from one that was closed.
+    Without asyncio's streams and transports: they cannot say what came before a reset, nor tell a TLS connection that
+    was cut off from one that was closed; and they take a third more time.
     """
 
     def __init__(self, route: _Route, peer: str) -> None:
@@ -2431,7 +2424,14 @@ class _Late(socket.timeout):
 async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
     """Do what asyncio.wait_for does, which before Python 3.12 can lose a cancellation; let the call be broken off."""
     task = asyncio.ensure_future(awaitable)
-    abort, call.abort = call.abort, lambda _: task.cancel()
+    abort, is_broken_off = call.abort, False
+
+    def break_off(_: _Call) -> None:
+        nonlocal is_broken_off
+        is_broken_off = True  # even if the task is done, and this one is yet to hear of it
+        task.cancel()
+
+    call.abort = break_off
     try:
         await asyncio.wait((task,), timeout=seconds)
     finally:
@@ -2440,15 +2440,15 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
             task.cancel()
             await asyncio.wait((task,))
         error = None if task.cancelled() else task.exception()  # asking for it is what keeps the loop from reporting it
-    if task.cancelled():
+    if task.cancelled() or is_broken_off:
         raise _Late("timed out")
     if error is not None:
         raise error
     return task.result()
 
 
-class _Turn:
-    """A turn that may come when its event loop has been closed, and nobody waits for it any more."""
+class _AsyncBell:
+    """A bell that may ring when its event loop has been closed, and nobody waits for it any more."""
 
     def __init__(self) -> None:
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -2465,24 +2465,19 @@ class _Turn:
 class _AsyncPool(_Pool[_AsyncConnection]):
     """The connections of an AsyncBoxerClient within one event loop."""
 
+    _new_bell = _AsyncBell
+    _new_connection = _AsyncConnection
+
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.process = os.getpid()
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
 
-    def _new_turn(self) -> _Turn:
-        return _Turn()
-
-    async def _wait_for(self, turn: _Turn) -> None:
-        await turn.wait()
-
     async def _pause(self, call: _Call, seconds: float) -> None:
-        with contextlib.suppress(_Late):
-            await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
-
-    def _new_connection(self, route: _Route, peer: str) -> _AsyncConnection:
-        return _AsyncConnection(route, peer)
+        if not self.is_closed:
+            with contextlib.suppress(_Late):
+                await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """Close the connections of a client that was not closed before the loop is.
@@ -2509,10 +2504,10 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         """Close everything from another loop, or after the end of this one."""
         if self.process != os.getpid():
             self.leave_to_parent()  # and the loop too is the parent's
-        elif self.loop.is_closed():
-            self.close()
-        else:
+        elif self.loop.is_running():
             self.loop.call_soon_threadsafe(self.close)
+        else:
+            self.close()
 
 
 class AsyncBoxerClient(_Client):
@@ -2523,9 +2518,7 @@ class AsyncBoxerClient(_Client):
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
 
-    def _load(self) -> None:
-        global asyncio  # noqa: PLW0603 - see the top of the file
-        import asyncio
+    _modules = ("asyncio", "email.utils")
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()
@@ -2546,7 +2539,7 @@ class AsyncBoxerClient(_Client):
         for pool in list(self._pools.values()):
             pool.abandon()
 
-    async def health(self, *, timeout: float | None = _CLIENTS, retries: int = 0) -> bool:
+    async def health(self, *, timeout: float | None = _CLIENT_DEFAULT, retries: int = 0) -> bool:
         """See `BoxerClient.health`."""
         return (await self._exchange(self._call(_HEALTH_REQUEST, timeout, retries))).is_success
 
@@ -2562,7 +2555,7 @@ class AsyncBoxerClient(_Client):
         persist: bool = False,
         network: str | None = None,
         check: bool = False,
-        timeout: float | None = _CLIENTS,
+        timeout: float | None = _CLIENT_DEFAULT,
         retries: int | None = None,
     ) -> RunResult:
         """See `BoxerClient.run`."""
@@ -2570,7 +2563,7 @@ class AsyncBoxerClient(_Client):
         return _run_result(await self._exchange(self._call(request, timeout, retries)), check)
 
     async def upload_file(
-        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENTS, retries: int | None = None
+        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
     ) -> None:
         """See `BoxerClient.upload_file`; a file is read in a thread."""
         _check_uploaded(await self._exchange(self._call(_upload_request(remote_path, content), timeout, retries)))
@@ -2580,7 +2573,7 @@ class AsyncBoxerClient(_Client):
         local_path: str | os.PathLike[str],
         remote_path: str | None = None,
         *,
-        timeout: float | None = _CLIENTS,
+        timeout: float | None = _CLIENT_DEFAULT,
         retries: int | None = None,
     ) -> list[str]:
         """See `BoxerClient.upload_path`."""
@@ -2594,7 +2587,9 @@ class AsyncBoxerClient(_Client):
         await _for_each_async(upload, files)
         return [remote for _, remote in files]
 
-    async def download_file(self, path: str, *, timeout: float | None = _CLIENTS, retries: int | None = None) -> bytes:
+    async def download_file(
+        self, path: str, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
+    ) -> bytes:
         """See `BoxerClient.download_file`."""
         return _file_content(await self._exchange(self._call(_download_request(path), timeout, retries)))
 
@@ -2602,9 +2597,10 @@ class AsyncBoxerClient(_Client):
         loop = asyncio.get_running_loop()
         pool: _AsyncPool | None = self._pools.get(loop)
         if pool is None or pool.is_closed or pool.process != os.getpid():
-            for other in list(self._pools):
-                if other is loop or not other.is_running() or self._pools[other].process != os.getpid():
-                    self._pools.pop(other).abandon()
+            for other, stale in list(self._pools.items()):
+                if other is loop or not other.is_running() or stale.process != os.getpid():
+                    self._pools.pop(other, None)  # another thread may have been here
+                    stale.abandon()
             pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"])
         return pool
 

@@ -3201,6 +3201,12 @@ def test_every_method_sends_its_request_on_one_kept_connection_and_returns_its_t
         assert fields == common
 
 
+class Word(str, enum.Enum):
+    """Text that is not what it says of itself: "1", and "Word.ONE"."""
+
+    ONE = "1"
+
+
 LIMITS = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 5, "nofile": 64}
 # Each row: what is given to run(), and which members this adds to its JSON.
 RUN_MEMBERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -3211,6 +3217,7 @@ RUN_MEMBERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"env": [], "files": (), "limits": ResourceLimits()}, {}),
     ({"env": {"A": "1", "B": "", "C": "=\n"}}, {"env": ["A=1", "B=", "C==\n"]}),
     ({"env": ["A=1", "A=2"]}, {"env": ["A=1", "A=2"]}),
+    ({"env": {"A": Word.ONE}, "files": [Word.ONE]}, {"env": ["A=1"], "files": ["1"]}),
     ({"env": dict.fromkeys(["A=1"]).keys()}, {"env": ["A=1"]}),
     ({"cwd": "/"}, {"cwd": "/"}),
     ({"cwd": "/work"}, {"cwd": "/work"}),
@@ -3483,6 +3490,7 @@ VALID: dict[str, dict[str, Any]] = {
 }
 REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("", INVALID, "such as http://localhost:8080", "base_url", ["", "http://", "http:///x", "http://:80"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://" + "a" * 64, "http://" + "a." * 127]),
     ("", INVALID, "such as http://localhost:8080", "base_url", ["http://h:0", "http://h:65536", "http://[::1"]),
     ("", INVALID, "must begin with http:// or https://", "base_url", ["ftp://host"]),
     ("", INVALID, "http", "base_url", ["localhost:8080", "localhost", "//localhost"]),
@@ -6445,6 +6453,118 @@ def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -
         return [future.exception() for future in futures]
 
 
+SILENT: dict[str, Call] = {"run": RUN_IT, "download": DOWNLOAD, "upload": upload(io.BytesIO(b"content"))}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_call_of_a_task_ends_at_once_whenever_the_client_is_closed(name: str) -> None:
+    """After each number of rounds of the loop, until the server, which never answers, has all of the request."""
+
+    async def main(rounds: int) -> None:
+        client = AsyncBoxerClient(host.url, timeout=None)
+        method, args, _ = SILENT[name]
+        call = asyncio.ensure_future(getattr(client, method)(*args))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises((BoxerConnectionError, RuntimeError), match=r"closed|broken off"):
+            await asyncio.wait_for(call, 10)
+
+    with Frail(lambda _: [lambda: is_over.wait(30)]) as host:
+        is_over = threading.Event()
+        for rounds in range(20):
+            asyncio.run(main(rounds))
+        is_over.set()
+
+
+def test_a_task_that_is_about_to_pause_ends_at_once_when_the_client_is_closed() -> None:
+    async def main(rounds: int) -> None:
+        client, answered = AsyncBoxerClient(host.url, timeout=None), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        said.append(lambda: loop.call_soon_threadsafe(answered.set))
+        call = asyncio.ensure_future(client.run("image", ["true"]))
+        await answered.wait()
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(BoxerConnectionError, match=r"closed|broken off"):
+            await asyncio.wait_for(call, 10)
+
+    said: list[Any] = []
+    with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600"), said.pop()]) as host:
+        for rounds in range(6):
+            asyncio.run(main(rounds))
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_call_of_a_thread_ends_at_once_wherever_it_is_when_the_client_is_closed(name: str) -> None:
+    """Another thread closes the client as the call calls its n-th function, or as soon after as it can."""
+
+    def begins(client: BoxerClient, left: int) -> bool:
+        def look(frame: Any, event: str, _: Any) -> None:
+            nonlocal left
+            left -= event == "call" and frame.f_code.co_filename == boxer.__file__
+            if left < 0 and not may_close.is_set():
+                sys.setprofile(None)
+                may_close.set()
+                closer.join(0.02)  # it waits for this one if that has a lock
+
+        def work() -> None:
+            sys.setprofile(look)
+            try:
+                results.append(outcome(client, SILENT[name]))
+            except RuntimeError as error:  # it was closed before the call had begun
+                results.append(error)
+            finally:
+                sys.setprofile(None)
+
+        def close() -> None:
+            may_close.wait(30)
+            client.close()
+
+        may_close, results = threading.Event(), list[Any]()
+        closer = threading.Thread(target=close)
+        worker = threading.Thread(target=work)
+        closer.start()
+        worker.start()
+        if not settles(lambda: may_close.is_set() or len(host.seen) > seen):
+            may_close.set()
+        worker.join(0.2 if not may_close.is_set() else 10)
+        is_beyond = not may_close.is_set()  # the call waits for its answer
+        may_close.set()
+        worker.join(10)
+        closer.join(10)
+        assert re.search("closed|broken off", str(results[0]))
+        return not is_beyond
+
+    with Frail(lambda _: [lambda: is_over.wait(30)]) as host:
+        is_over = threading.Event()
+        for number in itertools.count():
+            seen = len(host.seen)
+            if not begins(BoxerClient(host.url, timeout=None), number):
+                break
+        is_over.set()
+    assert number > 10
+
+
+def test_threads_with_loops_of_their_own_do_not_disturb_each_other_when_they_leave_loops_behind(
+    hasty_threads: None,
+) -> None:
+    async def call() -> bool:
+        barrier.wait(30)
+        is_well = await client.health()
+        barrier.wait(30)  # so that all of these loops end together, and the next ones find them all
+        return is_well
+
+    barrier = threading.Barrier(16)
+    with Host(lambda _: [WELL]) as host, ThreadPoolExecutor(16) as executor:
+        client = AsyncBoxerClient(host.url)
+        for _ in range(20):
+            futures = [executor.submit(asyncio.run, call()) for _ in range(16)]
+            assert [future.result() for future in futures] == [True] * 16
+        asyncio.run(client.aclose())
+
+
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
     """Let threads take turns as often as they can."""
@@ -6455,9 +6575,12 @@ def hasty_threads() -> Iterator[None]:
 
 
 def test_threads_that_take_turns_at_few_connections_all_get_theirs(hasty_threads: None) -> None:
-    with Host(lambda _: [RAN]) as host, BoxerClient(host.url, max_connections=2) as client:
-        with ThreadPoolExecutor(16) as executor:
-            assert {*executor.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
+    with (
+        Host(lambda _: [RAN]) as host,
+        BoxerClient(host.url, max_connections=2) as client,
+        ThreadPoolExecutor(16) as some,
+    ):
+        assert {*some.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
 
 
 # Forks and loops
@@ -6784,6 +6907,12 @@ def test_a_certificate_has_to_be_of_the_address_that_is_in_the_url(
         assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
     with Peer([[]], host=address, context=serving(ca, other)) as peer:
         assert is_expected(outcome(client_of(peer.url, ssl_context=trusting(ca)), RUN_IT), lost("TLS failed"))
+
+
+def test_a_context_of_a_server_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
+    with Peer([[]], context=serving(ca)) as peer:
+        client = client_of(peer.url, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), retries=0)
+        assert is_expected(outcome(client, RUN_IT), lost("TLS failed"))
 
 
 def test_without_an_ssl_context_the_cas_of_the_system_are_trusted(
@@ -7222,6 +7351,15 @@ def test_a_large_answer_is_large_because_of_its_text(client_of: Clients) -> None
             assert is_expected(outcome(client, RUN_IT), refusal(200, "beside text"))
 
 
+@pytest.mark.parametrize("proxy", ["http://proxy.invalid", "http://proxy.invalid:80"])
+def test_a_proxy_without_a_port_is_at_port_80_whatever_the_origin_s_scheme(
+    client_of: Clients, setenv: Any, proxy: str
+) -> None:
+    setenv("https_proxy", proxy)
+    client = client_of("https://boxer.test", retries=0)
+    assert is_expected(outcome(client, GET_HEALTH), lost("proxy.invalid:80: no connection"))
+
+
 @pytest.mark.parametrize("proxy", ["https://proxy.test:3128", "socks5://proxy.test:1080", "http://", "http://a b"])
 def test_a_proxy_that_is_not_spoken_to_in_plain_http_is_refused(client_of: Clients, setenv: Any, proxy: str) -> None:
     setenv("http_proxy", proxy)
@@ -7430,6 +7568,7 @@ def test_closing_a_client_ends_the_pause_of_its_call_at_once(client_of: Clients,
         client = client_of(host.url, timeout=None)
         (ended,) = closed_meanwhile(client, [RUN_IT], is_pausing)
         assert is_expected(ended, lost("the client was closed"))
+        assert ended.request_sent, "the try before the pause has been"
     assert host.connections == 1
 
 
@@ -7827,7 +7966,7 @@ import sys
 import boxer
 for client in (None, boxer.BoxerClient, boxer.AsyncBoxerClient):
     client and client("http://127.0.0.1:1").__setattr__("_is_closed", True)
-    print([name for name in ("asyncio", "ssl", "urllib.request", "http.client", "email") if name in sys.modules])
+    print([name for name in ("asyncio", "ssl", "urllib.request", "http.client") if name in sys.modules])
 """
     nothing, for_blocking, for_asyncio = program_beside_boxer(tmp_path, code).splitlines()
     assert nothing == for_blocking == "[]"
