@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, Union
 
-# Two thirds of the time to import this file would be theirs: see `_load`.
+# Nearly half of the time to import this file would be theirs: see `_load`.
 if TYPE_CHECKING:
     import asyncio
     import email.message
@@ -97,7 +97,7 @@ _C = TypeVar("_C", bound="_Connection")
 
 
 def _load(*modules: str) -> None:
-    """Import what a client needs, and not everybody does: when it is made, and not later.
+    """Import what not everybody needs: when a client is made, and not when it is used.
 
     For a child that is forked while another thread imports a module waits for it in vain.
     """
@@ -183,7 +183,7 @@ class RunRequest:
     ) -> None:
         if not _text("image", image).strip():
             raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
-        self.__dict__.update(  # a frozen dataclass is filled in past its __setattr__
+        self.__dict__.update(  # past the __setattr__ of a frozen dataclass, whose own __init__ takes 1 µs more
             image=image,
             cmd=_command(cmd),
             env=_environment(env) if env else (),
@@ -379,7 +379,6 @@ _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 
 # Control characters, and those that reorder text: neither may reach a terminal out of a server's or program's text.
-# Patterns that few calls need are compiled when they are first used, since to do so takes a tenth of an import's time.
 _UNPRINTABLE = "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -1101,6 +1100,7 @@ class _Decoder:
         self.response: _Response | None = None
         self.is_file = content_limit is None
         self.is_complete = self.is_reusable = self.has_excess = False
+        self.is_sized = False  # the head says how long the content is
         self.size = 0  # of the content that was decoded so far, in bytes
         self._method = method
         self._limit = content_limit
@@ -1182,6 +1182,7 @@ class _Decoder:
             self._is_chunked, self._step = True, _Decoder._take_chunk_head
         elif length is not None:
             self._left, self._step = _decoded_length(length), _Decoder._take_content
+            self.is_sized = True
         else:
             self._left, self._step = sys.maxsize, _Decoder._take_content
             self.is_reusable, self._ends_with_connection = False, True
@@ -1408,11 +1409,10 @@ class _Connection:
     How to wait is for each client to say.
     """
 
-    call: _Call  # whose request is being exchanged
-
     def __init__(self, route: _Route, peer: str) -> None:
         self.route = route
         self.peer = peer
+        self.call: Any = None  # the _Call whose request is being exchanged
         self.is_idle = False
         self.is_reusable = False  # the last exchange left it fit for another one
         self.idle_since = 0.0
@@ -1420,10 +1420,12 @@ class _Connection:
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
         self._is_cut_short = False  # what was to be sent never was, since the connection was lost
         self._socket: Any = None
+        self._process = os.getpid()
         self._poll: Any = getattr(select, "poll", _SelectPoll)()
         self._watched = 0  # the events that it looks for
         self._unsent: bytes | memoryview = b""  # what was to be sent and is not yet, since the peer does not take it
-        self._room: memoryview | None = None  # to receive much into
+        self._has_much = False  # content is being received whose length is known; other takes time to decode
+        self._room: memoryview | None = None  # to receive it into
         self._given = self._taken = 0  # bytes of the request: by this client, and by the peer
         self._tls: _Tls | None = None
 
@@ -1507,7 +1509,7 @@ class _Connection:
                     break
             response = decoder.response
             if response is not None:
-                call.is_sending = False
+                call.is_sending, self._has_much = False, decoder.is_sized
                 if decoder.is_file and response.is_success and (not call.is_receiving or decoder.size > size):
                     call.is_receiving = True
                     call.moved()
@@ -1516,7 +1518,7 @@ class _Connection:
             elif upload is not None and not upload.is_given:
                 step = await self.next_piece(upload, pieces)
                 self._given += len(step)
-        self._room = None  # which an idle connection does not need
+        self._has_much, self._room = False, None  # which an idle connection does not need
         return upload is None or upload.is_given
 
     def _seconds_to_wait(self) -> float:
@@ -1530,7 +1532,7 @@ class _Connection:
             if taken > self._taken:
                 self._taken = taken
                 call.moved()
-        left = call.left
+        left: float = call.left
         if left <= 0:
             raise call.timed_out(self.peer)
         return min(left, call.timeout / 4) if call.is_sending else left
@@ -1542,7 +1544,7 @@ class _Connection:
         says whether it was lost. A memoryview is good until the next move.
         """
         if data is not None:
-            self._send(b"".join((self._unsent, data)) if self._unsent else data)
+            self._send(b"".join((self._unsent, data)) if self._unsent and data else data or self._unsent)
             if not (self._unsent or self.lost or self.call.is_sending):
                 return None
         while True:
@@ -1574,7 +1576,7 @@ class _Connection:
             if self._room is not None:
                 return self._room[: self._socket.recv_into(self._room)]
             received: bytes = self._socket.recv(_SMALL_PIECE)
-            if len(received) == _SMALL_PIECE:  # more is to come
+            if self._has_much and len(received) == _SMALL_PIECE:
                 self._room = memoryview(bytearray(_PIECE))
             return received
         except (BlockingIOError, InterruptedError):
@@ -1595,19 +1597,22 @@ class _Connection:
         return self._socket.fileno() >= 0 and not self._is_ready(_READ, 0)
 
     def close(self) -> None:
-        """Close the connection at once, if it is open."""
-        _shut_down(self._socket)
-        self.close_copy()
-
-    def close_copy(self) -> None:
-        """Close this process's copy of the connection, without a word to the peer."""
+        """Close the connection at once, if it is open; in a forked child, just its copy: its parent goes on with it."""
         if self._socket is not None:
+            if self._process == os.getpid():
+                self._shut_down()
             self._socket.close()
 
     def abort(self) -> None:
         """Break off what is going on over the connection, from another thread or task."""
         self.lost = self.lost or ConnectionAbortedError("broken off by this client")
-        _shut_down(self._socket)
+        if self._socket is not None:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Tell the peer that it is over, even if a forked child has a copy of the socket."""
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     # What blocks in one client and awaits in the other.
 
@@ -1630,13 +1635,6 @@ def _in_transit(sock: socket.socket) -> int:
         return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (AttributeError, OSError, ValueError):
         return 0
-
-
-def _shut_down(sock: socket.socket | None) -> None:
-    """Tell the peer that it is over, even if a forked child has a copy of the socket."""
-    if sock is not None:
-        with contextlib.suppress(OSError):  # it may be closed already
-            sock.shutdown(socket.SHUT_RDWR)
 
 
 # Seconds after which an idle connection is not used any more: servers and what stands before them close theirs after
@@ -1709,6 +1707,7 @@ class _Pool(Generic[_C]):
             connection = self._busy.get(call)
             if connection is not None and connection.call is call:
                 self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
+                connection.call = None  # and with it what was sent
             self._busy.pop(call, None)
             self._pausing.discard(call)
             if self._waiting:
@@ -1827,9 +1826,9 @@ class _Pool(Generic[_C]):
             call.break_off()
 
     def leave_to_parent(self) -> None:
-        """Close a forked child's copies of the connections, with which its parent goes on."""
+        """Close a forked child's copies of the connections; a thread that is not there may hold the lock."""
         for connection in self.connections():
-            connection.close_copy()
+            connection.close()
 
     def connections(self) -> list[_C]:
         busy = (connection for connection in self._busy.values() if connection is not None)
@@ -1913,7 +1912,7 @@ class _Client:
         head = _encoded_head(request.method, self._origin.prefix + request.target, lines)
         while True:
             try:
-                if opener is None:  # with one it would come to the same, and take 4 µs more
+                if opener is None:  # with one it would come to the same, in more steps
                     response = await pool.exchange(self._route, self._context, head, call)
                 else:
                     response = _sent_through(opener, self._origin, call, pool)
@@ -2001,13 +2000,10 @@ class _SyncPool(_Pool[_SyncConnection]):
 class _ConnectionHandler:
     """What an opener sends requests with, over the connections of a client: to it, a urllib.request.BaseHandler."""
 
-    handler_order = 500
+    handler_order = 500  # by which others find their places before or behind it
 
     def __init__(self, context: ssl.SSLContext | None) -> None:
         self._context = context
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(self.handler_order < other.handler_order)
 
     def add_parent(self, parent: Any) -> None:
         self.parent = parent
@@ -2312,13 +2308,15 @@ class _AsyncConnection(_Connection):
     """A connection whose socket an event loop watches.
 
     Without asyncio's streams and transports: they cannot say what came before a reset, nor tell a TLS connection that
-    was cut off from one that was closed; and they take a third more time.
+    was cut off from one that was closed; and they add steps to each call.
     """
 
     def __init__(self, route: _Route, peer: str) -> None:
         super().__init__(route, peer)
         self._loop = asyncio.get_running_loop()
         self._is_read = False  # the loop looks for what arrives
+        # uvloop tells of data that came with a reset, and then of nothing any more, if it is not asked anew each time.
+        self._is_told_once = type(self._loop).__module__.startswith("uvloop")
         self._waiter: asyncio.Future[bytes | memoryview | None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -2368,16 +2366,15 @@ class _AsyncConnection(_Connection):
 
     def _on_readable(self) -> None:
         """Receive at once what somebody waits for, so that the loop does not find it again before that task runs."""
-        if self._waiter is None:
+        waiter = self._waiter
+        if waiter is None or self._is_told_once:
+            self._is_read = False
+            self._loop.remove_reader(self._socket)
+        if waiter is None:
             if self.is_idle:
                 self.close()  # the peer has, or said what nobody asked for
-            else:
-                self._is_read = False
-                self._loop.remove_reader(self._socket)
-        elif not self._waiter.done():
-            received = self._receive()
-            if received is not None:
-                self._waiter.set_result(received)
+        elif not waiter.done():
+            waiter.set_result(self._receive())
 
     def _on_writable(self) -> None:
         self._loop.remove_writer(self._socket)
@@ -2403,13 +2400,13 @@ class _AsyncConnection(_Connection):
             self._alarm.cancel()
             self._alarm = None
 
-    def close(self) -> None:
+    def _shut_down(self) -> None:
         self._end_alarm()
-        if self._socket is not None and self._socket.fileno() >= 0 and not self._loop.is_closed():
+        if self._socket.fileno() >= 0 and not self._loop.is_closed():
             with contextlib.suppress(NotImplementedError):
                 self._loop.remove_reader(self._socket)
                 self._loop.remove_writer(self._socket)
-        super().close()
+        super()._shut_down()
 
     def abort(self) -> None:
         super().abort()
@@ -2429,17 +2426,19 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
     def break_off(_: _Call) -> None:
         nonlocal is_broken_off
         is_broken_off = True  # even if the task is done, and this one is yet to hear of it
-        task.cancel()
+        with contextlib.suppress(RuntimeError):  # the loop may be closed
+            task.cancel()
 
     call.abort = break_off
     try:
         await asyncio.wait((task,), timeout=seconds)
     finally:
         call.abort = abort
-        if not task.done():
+        if not task.done() and not task.get_loop().is_closed():
             task.cancel()
             await asyncio.wait((task,))
-        error = None if task.cancelled() else task.exception()  # asking for it is what keeps the loop from reporting it
+        # Asking for it is what keeps the loop from reporting it.
+        error = task.exception() if task.done() and not task.cancelled() else None
     if task.cancelled() or is_broken_off:
         raise _Late("timed out")
     if error is not None:
@@ -2504,10 +2503,12 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         """Close everything from another loop, or after the end of this one."""
         if self.process != os.getpid():
             self.leave_to_parent()  # and the loop too is the parent's
-        elif self.loop.is_running():
-            self.loop.call_soon_threadsafe(self.close)
-        else:
-            self.close()
+            return
+        if self.loop.is_running():
+            with contextlib.suppress(RuntimeError):  # it has been closed meanwhile
+                self.loop.call_soon_threadsafe(self.close)
+                return
+        self.close()
 
 
 class AsyncBoxerClient(_Client):

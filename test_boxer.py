@@ -6477,11 +6477,18 @@ def test_a_call_of_a_task_ends_at_once_whenever_the_client_is_closed(name: str) 
         is_over.set()
 
 
-def test_a_task_that_is_about_to_pause_ends_at_once_when_the_client_is_closed() -> None:
+ABOUT_TO_WAIT = {
+    "for another try": [failing("503 Service Unavailable", Retry_After="3600")],
+    "for the rest": [RAN[:20]],
+}
+
+
+@pytest.mark.parametrize("what", ABOUT_TO_WAIT)
+def test_a_task_that_is_about_to_wait_ends_at_once_when_the_client_is_closed(what: str) -> None:
     async def main(rounds: int) -> None:
         client, answered = AsyncBoxerClient(host.url, timeout=None), asyncio.Event()
         loop = asyncio.get_running_loop()
-        said.append(lambda: loop.call_soon_threadsafe(answered.set))
+        tell.append(lambda: loop.call_soon_threadsafe(answered.set))
         call = asyncio.ensure_future(client.run("image", ["true"]))
         await answered.wait()
         for _ in range(rounds):
@@ -6490,10 +6497,66 @@ def test_a_task_that_is_about_to_pause_ends_at_once_when_the_client_is_closed() 
         with pytest.raises(BoxerConnectionError, match=r"closed|broken off"):
             await asyncio.wait_for(call, 10)
 
-    said: list[Any] = []
-    with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600"), said.pop()]) as host:
+    tell: list[Any] = []
+    with Host(lambda _: [*ABOUT_TO_WAIT[what], tell.pop()]) as host:
         for rounds in range(6):
             asyncio.run(main(rounds))
+
+
+def test_a_call_that_is_cancelled_as_its_answer_comes_is_cancelled() -> None:
+    """The loop finds the answer, and before that a task that cancels the call."""
+    arrived, is_blocked, answered = threading.Event(), threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+            call = asyncio.ensure_future(client.run("image", ["true"]))
+            await asyncio.get_running_loop().run_in_executor(None, arrived.wait, 30)
+            is_blocked.set()
+            answered.wait(30)
+            await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await client.health()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [arrived.set, lambda: is_blocked.wait(30), RAN, answered.set]
+
+    with Host(respond) as host:
+        asyncio.run(main())
+
+
+def test_closing_a_client_ends_its_calls_in_the_loops_of_other_threads() -> None:
+    arrived, is_over = threading.Event(), threading.Event()
+    with Frail(lambda _: [arrived.set, lambda: is_over.wait(30)]) as host, ThreadPoolExecutor(1) as executor:
+        client = AsyncBoxerClient(host.url, timeout=None)
+        call = executor.submit(lambda: asyncio.run(client.run("image", ["true"])))
+        arrived.wait(30)
+        asyncio.run(client.aclose())
+        with pytest.raises(BoxerConnectionError, match="broken off"):
+            call.result(30)
+        is_over.set()
+
+
+def test_a_folder_whose_threads_cannot_be_had_is_an_error_and_leaves_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with Frail(lambda _: [STORED]) as host, BoxerClient(host.url) as client:
+        client.upload_path(folder / "a.txt")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_one)
+            with pytest.raises(RuntimeError, match="can't start"):
+                client.upload_path(folder)
+        assert not started[0].is_alive()
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -6563,6 +6626,14 @@ def test_threads_with_loops_of_their_own_do_not_disturb_each_other_when_they_lea
             futures = [executor.submit(asyncio.run, call()) for _ in range(16)]
             assert [future.result() for future in futures] == [True] * 16
         asyncio.run(client.aclose())
+
+
+def test_what_was_sent_is_let_go_of(client_of: Clients) -> None:
+    content = bytearray(b"content")
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        client.upload_file("a.txt", content)
+        content.extend(b"!")  # a BufferError if anything still looks at it
 
 
 @pytest.fixture
@@ -7615,6 +7686,82 @@ def test_a_loop_that_was_closed_under_a_client_is_left_behind(caplog: pytest.Log
     caplog.clear()
 
 
+@pytest.mark.parametrize("call_that", ["pauses", "connects"])
+def test_a_loop_that_was_closed_under_a_call_hurts_no_other(
+    caplog: pytest.LogCaptureFixture, call_that: str, is_pausing: threading.Event
+) -> None:
+    async def begin() -> None:
+        things.append(asyncio.ensure_future(things[0].run("image", ["true"])))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        if call_that == "pauses":
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, is_pausing.wait, 30)
+            await loop.shutdown_default_executor()
+
+    async def go_on() -> None:
+        if call_that == "pauses":
+            assert await things[0].health()
+        await things[0].aclose()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [failing("503 Service Unavailable", Retry_After="3600")]
+
+    with Host(respond) as host, never_accepting() as full:
+        url = host.url if call_that == "pauses" else f"http://127.0.0.1:{full.getsockname()[1]}"
+        things: list[Any] = [AsyncBoxerClient(url, timeout=None)]
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        asyncio.run(go_on())
+        del loop
+        drop(things)
+    assert {record.getMessage()[:18] for record in caplog.records if record.name == "asyncio"} <= {"Task was destroyed"}
+    caplog.clear()
+
+
+def test_the_connections_of_a_loop_that_has_stopped_are_closed() -> None:
+    async def use_and_close() -> None:
+        assert await client.health()
+        await client.aclose()
+
+    ended = threading.Event()
+    with Peer([[Do.REQUEST, WELL, Do.GONE, lambda _: ended.set(), Do.FIN], [Do.REQUEST, WELL]]) as peer:
+        client = AsyncBoxerClient(peer.url)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(client.health())
+        asyncio.run(use_and_close())
+        assert ended.wait(30)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+FORKING_INSIDE = """
+import atexit, os, signal, sys
+from boxer import BoxerClient
+
+def fork(*_):
+    if os.fork() == 0:
+        atexit.register(lambda: open("gone", "x").close())
+        raise SystemExit  # out of the call, as if it were the parent
+
+signal.signal(signal.SIGUSR1, fork)
+with BoxerClient(sys.argv[1]) as client:
+    print(client.run("image", [str(os.getpid())]).stdout, end="")
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_that_is_forked_inside_a_call_leaves_its_connection_to_the_parent(tmp_path: Path) -> None:
+    def respond(request: Received) -> list[Any]:
+        os.kill(int(request.json["cmd"][0]), signal.SIGUSR1)
+        return [RAN] if settles((tmp_path / "gone").exists) else [Do.FIN]
+
+    with Host(respond) as host:
+        assert program_beside_boxer(tmp_path, FORKING_INSIDE, host.url) == RUN["stdout"]
+
+
 def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next() -> None:
     async def main() -> None:
         async with AsyncBoxerClient(host.url, max_connections=1) as client:
@@ -8150,6 +8297,37 @@ def client_otherwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     loops = {"a loop that cannot watch": Unwatching, "uvloop": uvloop.new_event_loop}
     with contextlib.closing(Clients(kind, loops.get(way, asyncio.new_event_loop)())) as clients:
         yield clients
+
+
+def test_half_an_answer_and_a_reset_at_once_are_a_lost_connection_however_the_client_waits(
+    client_otherwise: Clients,
+) -> None:
+    """Both come while the loop is blocked."""
+    has_arrived, is_blocked, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def end(sock: Any) -> None:
+        has_arrived.set()
+        is_blocked.wait(30)
+        sock.sendall(RAN[:-3])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(sock.detach())
+        ended.set()
+
+    async def call(client: AsyncBoxerClient) -> Any:
+        task = asyncio.ensure_future(client.run("image", ["true"]))
+        await asyncio.get_running_loop().run_in_executor(None, has_arrived.wait, 30)
+        is_blocked.set()
+        ended.wait(30)
+        with pytest.raises(BoxerConnectionError):
+            await task
+
+    with Peer([[Do.REQUEST, end, Do.FIN]]) as peer:
+        client = client_otherwise(peer.url, timeout=10)
+        if client_otherwise.kind == "sync":
+            is_blocked.set()
+            assert is_expected(outcome(client, RUN_IT), lost())
+        else:
+            client_otherwise.loop.run_until_complete(call(client.client))
 
 
 def test_calls_work_however_the_client_waits(client_otherwise: Clients) -> None:
