@@ -97,7 +97,7 @@ _C = TypeVar("_C", bound="_Connection")
 
 
 def _load(*modules: str) -> None:
-    """Import what not everybody needs: when a client is made, and not when it is used.
+    """Import what a client needs, itself or in what it calls: when it is made, and not when it is used.
 
     For a child that is forked while another thread imports a module waits for it in vain.
     """
@@ -1849,7 +1849,8 @@ class _Pool(Generic[_C]):
 class _Client:
     """What both clients have: their settings, and the tries of a call."""
 
-    _modules: tuple[str, ...] = ("email.utils",)
+    # Dates, names of hosts, and pages of errors need these.
+    _modules: tuple[str, ...] = ("calendar", "email.utils", "encodings.idna", "encodings.utf_8_sig")
     _opener: Any = None  # a BoxerClient's that has handlers
 
     def __init__(
@@ -2519,7 +2520,7 @@ class AsyncBoxerClient(_Client):
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
 
-    _modules = ("asyncio", "email.utils")
+    _modules = (*_Client._modules, "asyncio", "concurrent.futures.thread")  # noqa: SLF001 - of its base
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()

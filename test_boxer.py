@@ -7377,8 +7377,15 @@ def test_asyncio_in_debug_mode_shows_no_secrets_and_finds_no_fault(
             with pytest.raises(asyncio.CancelledError):
                 await break_off("cancel", client.run("image", ["hunter2"]), bool)
 
-    with Host(lambda request: [STORED if "POST /files" in request.line else RAN]) as host:
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line and request.json["cmd"] == ["hunter2"]:
+            return [lambda: is_over.wait(30), Do.FIN]
+        return [STORED if "POST /files" in request.line else RAN]
+
+    is_over = threading.Event()
+    with Host(respond) as host:
         asyncio.run(main(), debug=True)
+        is_over.set()
     gc.collect()
     assert "Executing" in caplog.text and "hunter2" not in caplog.text
     faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -8118,6 +8125,62 @@ for client in (None, boxer.BoxerClient, boxer.AsyncBoxerClient):
     nothing, for_blocking, for_asyncio = program_beside_boxer(tmp_path, code).splitlines()
     assert nothing == for_blocking == "[]"
     assert for_asyncio.startswith("['asyncio'")
+
+
+CALLS_OF_EVERY_KIND = """
+import asyncio, io, logging, os, sys
+from boxer import AsyncBoxerClient, BoxerClient, BoxerError
+
+def calls(client):
+    yield lambda: client.run("image", ["true"])
+    yield lambda: client.run("image", ["true"])
+    yield lambda: client.upload_file("a.txt", io.BytesIO(b"content"))
+    yield lambda: client.upload_path("folder")
+    yield lambda: client.download_file("a.txt")
+    yield client.health
+
+def call_all(url):
+    with BoxerClient(url) as client:
+        before = set(sys.modules)
+        for call in calls(client):
+            try:
+                call()
+            except BoxerError as error:
+                str(error)
+    return set(sys.modules) - before
+
+async def call_all_async(url):
+    async with AsyncBoxerClient(url) as client:
+        before = set(sys.modules)
+        for call in calls(client):
+            try:
+                await call()
+            except BoxerError as error:
+                str(error)
+    return set(sys.modules) - before
+
+logging.getLogger("boxer").addHandler(logging.NullHandler())
+kind, url = sys.argv[1:]
+print(*(call_all(url) if kind == "sync" else asyncio.run(call_all_async(url))))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_calls_import_nothing_so_that_a_fork_can_come_at_any_time(tmp_path: Path, kind: str) -> None:
+    """A child that is forked while another thread imports what it needs too would wait for ever."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("content")
+    page = answer(b"<h1>&eacute;</h1>", status="502 Bad Gateway", Content_Type="text/html")
+    answers = [failing("503 Wait", Retry_After="Wed, 25 Nov 2020 14:04:20 GMT"), RAN, page]
+
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [answers.pop(0)]
+        return [STORED if "POST" in request.line else WELL]
+
+    with Host(respond) as host:
+        assert program_beside_boxer(tmp_path, CALLS_OF_EVERY_KIND, kind, host.url) == "\n"
+    assert not answers
 
 
 RUNS = """
