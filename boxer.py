@@ -42,6 +42,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -191,7 +192,7 @@ class RunRequest:
             limits=None if limits is None else _limits(limits),
             files=tuple([_path(path) for path in _texts("files", files)]) if files else (),
             persist=persist,
-            network=network,
+            network=None if network is None else _text("network", network) or None,
         )
 
     def __repr__(self) -> str:
@@ -213,9 +214,10 @@ def _texts(name: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, (list, tuple)) and isinstance(values, (bytes, Mapping)):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
-    for value in texts:
-        if not isinstance(value, str):
-            raise TypeError(f"each of {name} must be str, not {type(value).__name__}")
+    if {*map(type, texts)} != {str}:
+        for value in texts:
+            if not isinstance(value, str):
+                raise TypeError(f"each of {name} must be str, not {type(value).__name__}")
     return texts
 
 
@@ -276,9 +278,11 @@ class RunResult:
     wall_ms: int
 
     def __post_init__(self) -> None:
-        for name, kind in _RESULT_TYPES:
+        if (*map(type, self.__dict__.values()),) == _RESULT_TYPES:
+            return  # in a sixth of the steps that it takes to look at each
+        for name, kind in zip(_RESULT_NAMES, _RESULT_TYPES):
             value = self.__dict__[name]
-            if type(value) is not kind and (type(value) is bool or not isinstance(value, kind)):
+            if type(value) is bool or not isinstance(value, kind):
                 raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
 
     @property
@@ -297,7 +301,8 @@ class RunResult:
         return f"output/{self.exec_id}/{_path(path)}"
 
 
-_RESULT_TYPES = (("exec_id", str), ("exit_code", int), ("stdout", str), ("stderr", str), ("wall_ms", int))
+_RESULT_NAMES = tuple(RunResult.__dataclass_fields__)
+_RESULT_TYPES = (str, int, str, str, int)
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -398,15 +403,15 @@ class _Request(NamedTuple):
 
     method: str
     target: str  # below the base URL's path
-    fields: dict[str, str]
+    lines: str = ""  # the head's field lines that are this request's own
     body: bytes | _Multipart = b""
-    content_limit: int | None = _ANSWER_LIMIT  # of a successful answer; None: it is a file, and as long as it is
+    content_limit: int = _ANSWER_LIMIT  # bytes of a successful answer's content; sys.maxsize: it is a file
     allowance: float = 0  # seconds that the server is entitled to on top of the timeout
     is_run: bool = False
     has_network: bool = False
 
 
-_HEALTH_REQUEST = _Request("GET", "/healthz", {})
+_HEALTH_REQUEST = _Request("GET", "/healthz")
 
 
 _JSON_STRING = json.encoder.encode_basestring  # a run's body of such takes a third of the time of a JSONEncoder's
@@ -422,35 +427,32 @@ def _run_request(run: RunRequest) -> _Request:
         members.append(f'"env":{_json_array(run.env)}')
     if run.cwd:
         members.append(f'"cwd":{_JSON_STRING(run.cwd)}')
-    limits = run.limits.to_dict() if isinstance(run.limits, ResourceLimits) else None
+    allowance, limits = 0.0, run.limits.to_dict() if isinstance(run.limits, ResourceLimits) else None
     if limits:
         members.append(f'"limits":{json.dumps(limits)}')
+        allowance = min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT)
     if run.files:
         members.append(f'"files":{_json_array(run.files)}')
     if run.persist:
         members.append('"persist":true')
-    if run.network is not None and _text("network", run.network):
+    if run.network:
         members.append(f'"network":{_JSON_STRING(run.network)}')
     body = _utf8("run", f"{{{','.join(members)}}}")
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    allowance = min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT) if limits else 0
-    has_network = run.network not in (None, "", "none")
-    return _Request("POST", "/run", fields, body, _ANSWER_LIMIT, allowance, True, has_network)
+    lines = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    has_network = run.network not in (None, "none")
+    return _Request("POST", "/run", lines, body, _ANSWER_LIMIT, allowance, True, has_network)
 
 
 def _upload_request(remote_path: str, content: Content) -> _Request:
     body = _Multipart(_path(remote_path), content)
-    fields = {"Content-Type": f"multipart/form-data; boundary={body.boundary}"}
-    if body.length is None:
-        fields["Transfer-Encoding"] = "chunked"
-    else:
-        fields["Content-Length"] = str(body.length)
-    return _Request("POST", "/files", fields, body)
+    framing = "Transfer-Encoding: chunked" if body.length is None else f"Content-Length: {body.length}"
+    lines = f"Content-Type: multipart/form-data; boundary={body.boundary}\r\n{framing}\r\n"
+    return _Request("POST", "/files", lines, body)
 
 
 def _download_request(path: str) -> _Request:
     query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
-    return _Request("GET", f"/files?path={query}", {}, content_limit=None)
+    return _Request("GET", f"/files?path={query}", content_limit=sys.maxsize)
 
 
 def _utf8(name: str, text: str) -> bytes:
@@ -635,36 +637,51 @@ def _shown(path: Path) -> str:
 # ---- Responses -------------------------------------------------------------------------------------------------------
 
 
+class _Head(NamedTuple):
+    """The decoded head of a response, and what it says of the content: RFC 9112, section 6.3."""
+
+    code: int
+    msg: str  # the reason phrase
+    field_lines: Sequence[tuple[str, str]]  # names in lower case
+    fields: Mapping[str, str]  # of several with one name, all: RFC 9110, section 5.3
+    is_reusable: bool = False  # another exchange may follow on the connection
+    is_chunked: bool = False
+    length: int | None = None  # of the content; None: it goes on to the end of the connection
+
+
 class _Response:
     """A final response: its head, and as much of its content as was wanted.
 
     `code`, `msg` and `info()` are named as urllib's handlers have it.
     """
 
-    def __init__(self, code: int, msg: str, field_lines: list[tuple[str, str]]) -> None:
-        self.code = code
-        self.msg = msg
-        self.field_lines = field_lines  # names in lower case
-        self.fields = dict(field_lines)  # of several with one name, all: RFC 9110, section 5.3
-        if len(self.fields) < len(field_lines):
-            self.fields = {
-                name: ", ".join([value for other, value in field_lines if other == name]) for name in self.fields
-            }
-        self.is_success = 200 <= code < 300
-        self.content = b""
-        self.is_cut = False  # the content was longer than the limit
+    content = b""
+    is_cut = False  # the content was longer than the limit
+
+    def __init__(self, head: _Head) -> None:
+        self.code = head.code
+        self.msg = head.msg
+        self.head = head
+        self.is_success = 200 <= head.code < 300
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        return self.head.fields
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
-        for name, value in self.field_lines:
+        for name, value in self.head.field_lines:
             message[name] = value
         return message
+
+
+_RESULT_MEMBERS = operator.itemgetter(*_RESULT_NAMES)
 
 
 def _run_result(response: _Response, check: bool) -> RunResult:
     members = _json_object(response)
     try:
-        result = RunResult(*[members[name] for name, _ in _RESULT_TYPES])
+        result = RunResult(*_RESULT_MEMBERS(members))
     except KeyError as error:
         raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
     except TypeError as error:
@@ -691,7 +708,7 @@ def _checked(response: _Response) -> _Response:
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(_reason(response), response.code)
     if response.is_cut:
         raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
-    coding = response.fields.get("content-encoding", "").lower()
+    coding = response.head.fields.get("content-encoding", "").lower()
     if coding not in ("", "identity"):
         message = f"the answer came with Content-Encoding {_printable(coding)[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
@@ -926,9 +943,9 @@ def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
     return fields
 
 
-def _seconds(name: str, value: Any) -> float | None:
+def _seconds(name: str, value: Any) -> float:
     if value is None:
-        return None
+        return math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise BoxerValidationError(f"{name} must be a number of seconds above 0, or None for no limit, not {value!r}")
     return float(value) if value < 1e300 else math.inf
@@ -955,17 +972,16 @@ class _Call:
     `is_receiving`, the deadline is pushed back whenever some of it has moved.
     """
 
-    def __init__(self, request: _Request, timeout: float | None, retries: int | None, default_retries: int) -> None:
+    is_sending = is_receiving = False
+    was_sent = False  # by a try that is over
+    abort: Callable[[_Call], Any] | None = None  # breaks off what is going on
+    _tries = _race_tries = 0  # that have been made again
+
+    def __init__(self, request: _Request, timeout: float, retries: int) -> None:
         self.request = request
-        self.timeout = math.inf if timeout is None else timeout + request.allowance
-        self.is_sending = self.is_receiving = False
+        self.timeout = timeout + request.allowance
         self._end = time.monotonic() + self.timeout
-        sent_once = request.has_network and retries is None
-        self._retries = 0 if sent_once else default_retries if retries is None else retries
-        self._race_tries = _RACE_TRIES if request.is_run and not request.has_network and self._retries else 0
-        self._tries = 0
-        self.was_sent = False  # by a try that is over
-        self.abort: Callable[[_Call], Any] | None = None  # breaks off what is going on
+        self._retries = retries
 
     def cancel(self) -> None:
         """End the call from another thread."""
@@ -1001,11 +1017,10 @@ class _Call:
 
     def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
         """Decide what follows a try: another one after so many seconds, or (None) nothing."""
-        if (isinstance(outcome, _Response) and outcome.is_success) or not self._can_be_sent:
+        if not self._can_be_sent:
             return None
-        error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
-        if self._race_tries > 0 and re.match(_RACE, error or ""):
-            self._race_tries -= 1
+        if self._race_tries < _RACE_TRIES and self._is_race(outcome):
+            self._race_tries += 1
             return self._within_deadline(outcome, random.uniform(0.01, 0.05), logging.DEBUG)
         if self._tries >= self._retries or not self._may_be_tried_again(outcome):
             return None
@@ -1014,6 +1029,12 @@ class _Call:
         if isinstance(outcome, _Response):
             pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
         return self._within_deadline(outcome, pause, logging.WARNING)
+
+    def _is_race(self, outcome: _Response | BoxerConnectionError) -> bool:
+        if not self._retries or not self.request.is_run or self.request.has_network:
+            return False
+        error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
+        return bool(re.match(_RACE, error or ""))
 
     @property
     def _can_be_sent(self) -> bool:
@@ -1092,119 +1113,96 @@ def _encoded_head(method: str, target: str, fields: str) -> bytes:
 class _Decoder:
     """Decode the response to one request from bytes as they arrive.
 
-    `response` is there once its head is, with its content once `is_complete`; then `is_reusable` tells whether another
-    request may follow on the connection, and `has_excess` whether anything came after the response.
+    `response` is there once its head is, with its content once `is_complete`. Then `is_reusable` tells whether another
+    request may follow on the connection, and `rest` is what came after the response.
     """
 
-    def __init__(self, method: str, content_limit: int | None) -> None:
-        self.response: _Response | None = None
-        self.is_file = content_limit is None
-        self.is_complete = self.is_reusable = self.has_excess = False
-        self.is_sized = False  # the head says how long the content is
-        self.size = 0  # of the content that was decoded so far, in bytes
-        self._method = method
+    response: Any = None  # a _Response
+    is_complete = is_reusable = False
+    size = 0  # of the content that was decoded so far, in bytes
+    rest: Any = b""  # what has arrived and is not decoded: bytes, or in the midst of content a memoryview
+    _at = 0  # where in what has arrived that begins
+    _searched = 0  # how far from there a delimiter has been looked for
+    _left = 0  # bytes of the content, or of a chunk, that are still to come
+    _content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
+    _interim = 0  # responses before the final one
+
+    def __init__(self, method: str, content_limit: int) -> None:
+        self.is_file = content_limit == sys.maxsize
+        self._is_tunnel = method == "CONNECT"
         self._limit = content_limit
-        self._interim = 0  # responses before the final one
-        self._data: bytes | memoryview = b""  # what has arrived
-        self._at = 0  # where in it what is not decoded yet begins
-        self._searched = 0  # how far from there a delimiter has been looked for
-        self._left = 0  # bytes of the content, or of a chunk, that are still to come
-        self._ends_with_connection = self._is_chunked = False
-        self._content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
-        # The step that comes next: it takes what it can, and tells whether it has come to its end.
+        # The step that comes next: it takes what it can, and tells whether another one may follow.
         self._step: Callable[[_Decoder], bool] = _Decoder._take_head
 
     def feed(self, data: bytes | memoryview) -> None:
         """Decode what arrived; a memoryview is not kept."""
-        if self._is_chunked or self._step is not _Decoder._take_content:
-            data = b"".join((self._data, data))
-        self._data, self._at = data, 0
-        while not self.is_complete and self._step(self):
+        if self.rest:
+            data = b"".join((self.rest, data))
+        self.rest, self._at = data, 0
+        while self._step(self):
             pass
-        self._data = bytes(self._data[self._at :])
-        self.has_excess = self.is_complete and bool(self._data)
-        self.is_reusable = self.is_reusable and not self.has_excess
+        self.rest = bytes(data[self._at :]) if self._at < len(data) else b""
 
     def end(self, clean: bool) -> None:
         """Decode the end of the connection."""
         if self.response is None:
-            what = "the connection ended within the head" if self._data else "it closed before an answer came"
-            raise _LostError(what)
-        if not self._ends_with_connection or not clean:
+            raise _LostError("the connection ended within the head" if self.rest else "it closed before an answer came")
+        if self.response.head.length is not None or not clean:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
         self._complete(self.response)
 
-    def _complete(self, response: _Response) -> None:
-        if self._content is not None:
+    def _complete(self, response: _Response, last: bytes | memoryview = b"") -> None:
+        if self._content is None:
+            response.content = bytes(last)  # most content comes at once
+        else:
+            self._content.write(last)
             response.content = self._content.getvalue()
-        self.is_reusable = self.is_reusable and not response.is_cut
         self.is_complete = True
 
     def _take_head(self) -> bool:
         """Take the head of a final response, or of an interim one, of which nothing is of use."""
-        begin = self._data[self._at : self._at + 7]
-        if begin != b"HTTP/1.":
-            self._check_begin(bytes(begin))
-        head = self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")
-        if head is None:
+        if not self.rest.startswith(b"HTTP/1.", self._at):
+            self._check_begin(bytes(self.rest[self._at : self._at + 16]))
+        data = self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")
+        if data is None:
             return False
-        line, *lines = head.decode("latin-1").split("\r\n")
-        is_old, code, reason = _decoded_status(line)
-        fields = _decoded_fields(lines)
-        if code == 101:
-            raise _ProtocolError("it switched to another protocol, which was not asked for")
-        if code >= 200:
-            self.response = _Response(code, reason, fields)
-            self._begin_content(self.response, is_old)
-        elif self._interim == _INTERIM_LIMIT:
-            raise _ProtocolError("there were too many interim answers")
-        self._interim += 1
+        head = _decoded_head(data, self._is_tunnel)
+        if head.code < 200:
+            self._interim += 1
+            if head.code == 101:
+                raise _ProtocolError("it switched to another protocol, which was not asked for")
+            if self._interim > _INTERIM_LIMIT:
+                raise _ProtocolError("there were too many interim answers")
+            return True
+        response = self.response = _Response(head)
+        self.is_reusable = head.is_reusable
+        if not response.is_success:
+            self._limit = _ERROR_LIMIT
+        self._left = sys.maxsize if head.length is None else head.length
+        self._step = _Decoder._take_chunk_head if head.is_chunked else _Decoder._take_content
         return True
 
     def _check_begin(self, begin: bytes) -> None:
-        if not b"HTTP/1.".startswith(begin):
-            begin = bytes(self._data[self._at : self._at + 16])
+        if not b"HTTP/1.".startswith(begin[:7]):
             raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
-
-    def _begin_content(self, response: _Response, is_old: bool) -> None:
-        """Find out where the content ends: RFC 9112, section 6.3."""
-        fields = response.fields
-        coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-        options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
-        self.is_reusable = not (is_old or "close" in options)
-        if not response.is_success:
-            self._limit = _ERROR_LIMIT
-        if response.code in (204, 304) or (self._method == "CONNECT" and response.is_success):
-            self._complete(response)
-        elif coding is not None:
-            if is_old or length is not None or coding.lower() != "chunked":
-                raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
-            self._is_chunked, self._step = True, _Decoder._take_chunk_head
-        elif length is not None:
-            self._left, self._step = _decoded_length(length), _Decoder._take_content
-            self.is_sized = True
-        else:
-            self._left, self._step = sys.maxsize, _Decoder._take_content
-            self.is_reusable, self._ends_with_connection = False, True
 
     def _take_content(self) -> bool:
         """Take content, or a chunk of it, as long as it is; stop at the limit."""
         response = self.response
-        assert response is not None  # its head came before
-        data = self._data[self._at : self._at + self._left]
-        size = len(data) if self._limit is None else min(len(data), self._limit - self.size)
-        if size == self._left and not (self._content or self._is_chunked):
-            response.content = bytes(data)  # most content comes at once
-        else:
-            self._content = self._content or io.BytesIO()
-            self._content.write(data[:size])
-        self.size += size
-        self._at += size
+        data = self.rest[self._at : self._at + self._left]
+        self._at += len(data)
         self._left -= len(data)
-        response.is_cut = size < len(data)
-        if response.is_cut or (self._left == 0 and not self._is_chunked):
-            self._complete(response)
-        elif self._left == 0:
+        room = self._limit - self.size
+        if len(data) > room:
+            data, response.is_cut, self.is_reusable = data[:room], True, False
+        self.size += len(data)
+        if response.is_cut or not (self._left or response.head.is_chunked):
+            self._complete(response, data)
+            return False
+        if data:
+            self._content = self._content or io.BytesIO()
+            self._content.write(data)
+        if self._left == 0:
             self._step = _Decoder._take_chunk_end
         return self._left == 0
 
@@ -1227,8 +1225,7 @@ class _Decoder:
 
     def _take_trailer(self) -> bool:
         """Take the trailer section, of which nothing is of use: it ends with an empty line."""
-        assert self.response is not None  # its head came before
-        begin = self._data[self._at : self._at + 2]
+        begin = self.rest[self._at : self._at + 2]
         if begin in (b"", b"\r"):
             return False
         if begin == b"\r\n":
@@ -1239,49 +1236,68 @@ class _Decoder:
                 return False
             _decoded_fields(lines.decode("latin-1").split("\r\n"))
         self._complete(self.response)
-        return True
+        return False
 
     def _until(self, delimiter: bytes, limit: int, what: str) -> bytes | None:
         """Return what precedes a delimiter, and go past it; None if that is still to come."""
-        data, begin = self._data, self._at
-        assert isinstance(data, bytes)  # but in the midst of content
+        data, begin = self.rest, self._at
         end = data.find(delimiter, begin + self._searched)
-        length = (end if end >= 0 else len(data) - len(delimiter) + 1) - begin
-        if length > limit:
-            raise _ProtocolError(f"{what} is longer than {limit} bytes")
-        if end >= 0:
+        if begin <= end <= begin + limit:
             self._at, self._searched = end + len(delimiter), 0
-            return data[begin:end]
+            return data[begin:end]  # type: ignore[no-any-return]  # bytes, since it is not content
+        searched = max(0, len(data) - len(delimiter) + 1 - begin)
+        if end >= 0 or searched > limit:
+            raise _ProtocolError(f"{what} is longer than {limit} bytes")
         if _BARE_LF.search(data, begin + self._searched):
             raise _ProtocolError(f"a line of {what} does not end with CRLF")
-        self._searched = max(0, length)
+        self._searched = searched
         return None
 
 
-# The lines of a head hardly differ from answer to answer: with these two caches a head takes 1 µs, and not 3.
-
-
-@functools.lru_cache(maxsize=16)
-def _decoded_status(line: str) -> tuple[bool, int, str]:
-    """Return whether a response is of HTTP/1.0, its status code, and the reason phrase."""
+# A server's heads differ in little but the date and the length: of many answers in a second, most are found here, and
+# cost 1 µs less than a tenth of what decoding them does.
+@functools.lru_cache(maxsize=32)
+def _decoded_head(data: bytes, is_tunnel: bool) -> _Head:
+    line, *lines = data.decode("latin-1").split("\r\n")
     match = _STATUS_LINE.fullmatch(line)
     if not match:
         raise _ProtocolError(f"the status line is malformed: {line[:80]!r}")
-    return match[1] == "0", int(match[2]), match[3] or ""
+    code, reason, field_lines = int(match[2]), match[3] or "", _decoded_fields(lines)
+    fields = _combined(field_lines)
+    is_old = match[1] == "0"
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
+    is_reusable = not (is_old or "close" in options)
+    head = _Head(code, reason, field_lines, fields, is_reusable)
+    if code < 200 or code in (204, 304) or (is_tunnel and code < 300):
+        return head._replace(length=0)
+    if coding is not None:
+        if is_old or length is not None or coding.lower() != "chunked":
+            raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
+        return head._replace(is_chunked=True, length=0)
+    if length is not None:
+        return head._replace(length=_decoded_length(length))
+    return head._replace(is_reusable=False)
 
 
 def _decoded_fields(lines: list[str]) -> list[tuple[str, str]]:
     if len(lines) > _FIELD_LIMIT:
         raise _ProtocolError(f"there are more than {_FIELD_LIMIT} fields")
-    return [*map(_decoded_field, lines)]
+    fields = []
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise _ProtocolError(f"a field line is malformed: {line[:80]!r}")
+        fields.append((match[1].lower(), match[2].strip(" \t")))
+    return fields
 
 
-@functools.lru_cache(maxsize=64)
-def _decoded_field(line: str) -> tuple[str, str]:
-    match = _FIELD_LINE.fullmatch(line)
-    if not match:
-        raise _ProtocolError(f"a field line is malformed: {line[:80]!r}")
-    return match[1].lower(), match[2].strip(" \t")
+def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return fields by name, and of several with one name, all: RFC 9110, section 5.3."""
+    fields: dict[str, str] = {}
+    for name, value in lines:
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def _decoded_length(value: str) -> int:
@@ -1293,7 +1309,7 @@ def _decoded_length(value: str) -> int:
 
 
 _TLS_RECORD = 16 * 1024  # the most that one record can hold
-_Move = Callable[[Union[bytes, memoryview, None]], Awaitable[Union[bytes, memoryview, None]]]  # see _Connection.move
+_Move = Callable[[Union[bytes, memoryview], bool], Awaitable[Union[bytes, memoryview, None]]]  # see _Connection.move
 
 
 @contextlib.contextmanager
@@ -1323,27 +1339,21 @@ class _Tls:
             with _tls_errors(), contextlib.suppress(ssl.SSLWantReadError):
                 self._object.do_handshake()
                 is_done = True
-            received = await self._move(self._outgoing.read()) if self._outgoing.pending else None
-            if received is None and not is_done:
-                received = await self._move(None)
+            received = await self._move(self._outgoing.read(), not is_done)
             if received is not None:
                 self._put(received)
 
-    async def move(self, data: bytes | memoryview | None) -> bytes | memoryview | None:
+    async def move(self, data: bytes | memoryview, is_last: bool) -> bytes | memoryview | None:
         """Do as `_Connection.move` says, over TLS."""
         if data and self.is_open:
             with _tls_errors():
                 self._object.write(data)
         while self.is_open:
-            if self._outgoing.pending:  # what was written, or an answer of TLS's own: to new keys, say
-                received = await self._move(self._outgoing.read())
-            elif data:
-                return None
-            else:
-                received = await self._move(data)
+            # What was written, or an answer of TLS's own: to new keys, say.
+            received = await self._move(self._outgoing.read(), is_last and not self._is_fresh)
             decrypted = self._decrypted(received) if received is not None or self._is_fresh else b""
             self._is_fresh = False
-            if decrypted or (received is None and data is not None):
+            if decrypted or not is_last:
                 return decrypted or None
         return b""
 
@@ -1412,8 +1422,7 @@ class _Connection:
     def __init__(self, route: _Route, peer: str) -> None:
         self.route = route
         self.peer = peer
-        self.call: Any = None  # the _Call whose request is being exchanged
-        self.is_idle = False
+        self.call: Any = None  # the _Call whose request is being exchanged; None: the connection is idle
         self.is_reusable = False  # the last exchange left it fit for another one
         self.idle_since = 0.0
         self.has_sent = False  # some of the request that is being exchanged
@@ -1461,16 +1470,17 @@ class _Connection:
             fields["Proxy-authorization"] = route.authorization
         decoder = _Decoder("CONNECT", _ERROR_LIMIT)
         await self._converse(_encoded_head("CONNECT", authority, _encoded_fields(fields)), b"", decoder, self.move)
-        if decoder.response is not None and not decoder.response.is_success:
-            return decoder.response
-        if decoder.has_excess:
+        response: _Response = decoder.response
+        if not response.is_success:
+            return response
+        if decoder.rest:
             raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
         return None
 
     async def exchange(self, head: bytes) -> _Response:
         """Send a request and receive its response."""
         request, tls = self.call.request, self._tls
-        self.has_sent = self.is_reusable = False
+        self.has_sent = False
         decoder = _Decoder(request.method, request.content_limit)
         try:
             was_sent = await self._converse(head, request.body, decoder, tls.move if tls else self.move)
@@ -1478,48 +1488,68 @@ class _Connection:
             why = f" ({self._loss})" if self._loss else ""
             cause = self._loss or error.__cause__ or error
             raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from cause
-        response = decoder.response
-        assert response is not None  # a conversation ends when the decoder has completed it
-        was_sent = was_sent and not self._unsent and not self._is_cut_short
+        response: _Response = decoder.response
         if response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
-        is_at_rest = tls is None or (tls.is_open and not tls.partial)
-        self.is_reusable = was_sent and decoder.is_reusable and is_at_rest
+        is_at_rest = not decoder.rest and (tls is None or (tls.is_open and not tls.partial))
+        self.is_reusable = was_sent and is_at_rest and decoder.is_reusable
         return response
 
     @property
     def _loss(self) -> Exception | None:
         return self.lost or (self._tls.lost if self._tls else None)
 
-    async def _converse(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, move: _Move) -> bool:
-        """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
-        call = self.call
-        upload, pieces = (body, body.pieces()) if isinstance(body, _Multipart) else (None, iter((body,)))
+    async def _converse(self, head: bytes, body: Any, decoder: _Decoder, move: _Move) -> bool:
+        """Send a request (its body: bytes or _Multipart) until it is sent or answered, and receive the answer.
+
+        Return whether all of it was sent.
+        """
+        call, upload, first, size = self.call, None, body, 0
+        if isinstance(body, _Multipart):
+            upload, pieces = body, body.pieces()
+            first = next(pieces)
+        data: bytes | memoryview = head + first
+        self._given, self._taken = len(data), 0
         call.is_sending, call.is_receiving = upload is not None, False
-        begin = head + next(pieces)
-        self._given, self._taken = len(begin), 0
-        step: bytes | memoryview | None = begin
+        is_last = upload is None
         while True:
-            received = await move(step)
-            step, size = None, decoder.size
+            received = await move(data, is_last)
+            data = b""
             if received is not None:
                 decoder.feed(received) if received else decoder.end(clean=self._loss is None)
                 if decoder.is_complete:
                     break
             response = decoder.response
             if response is not None:
-                call.is_sending, self._has_much = False, decoder.is_sized
+                is_last, call.is_sending, self._has_much = True, False, bool(response.head.length)
                 if decoder.is_file and response.is_success and (not call.is_receiving or decoder.size > size):
-                    call.is_receiving = True
+                    call.is_receiving, size = True, decoder.size
                     call.moved()
-            elif self._unsent:
-                step = b""
-            elif upload is not None and not upload.is_given:
-                step = await self.next_piece(upload, pieces)
-                self._given += len(step)
+            elif upload is not None and not (is_last or self._unsent):
+                data = await self.next_piece(upload, pieces)
+                is_last = upload.is_given
+                self._given += len(data)
         self._has_much, self._room = False, None  # which an idle connection does not need
-        return upload is None or upload.is_given
+        return not (self._unsent or self._is_cut_short) and (upload is None or upload.is_given)
+
+    async def move(self, data: bytes | memoryview, is_last: bool) -> bytes | memoryview | None:
+        """Send bytes, and those that are still unsent; return what arrives. It is never empty but at the end: b"".
+
+        If what was sent `is_last`, wait for what arrives; else return None if all is sent and nothing has arrived. When
+        the connection ends, `lost` says whether it was lost. A memoryview is good until the next move.
+        """
+        if data:
+            self._send(b"".join((self._unsent, data)) if self._unsent else data)
+        while True:
+            seconds = self._seconds_to_wait()
+            if is_last or self._unsent or self.lost:
+                received = await self._arrival(seconds)
+            else:  # while a file is sent, the server may have refused it already
+                received = self._receive()
+            if received is not None or not (is_last or self._unsent):
+                return received
+            self._send(self._unsent)
 
     def _seconds_to_wait(self) -> float:
         """Return the seconds to wait until it is time to look again, or to give up; raise the error if it is.
@@ -1536,25 +1566,6 @@ class _Connection:
         if left <= 0:
             raise call.timed_out(self.peer)
         return min(left, call.timeout / 4) if call.is_sending else left
-
-    async def move(self, data: bytes | memoryview | None) -> bytes | memoryview | None:
-        """Send bytes and return None once they are sent, or what has arrived before; or (None) wait for what arrives.
-
-        b"" sends what is still unsent. What arrives is never empty, but at the end of the connection: b"". Then `lost`
-        says whether it was lost. A memoryview is good until the next move.
-        """
-        if data is not None:
-            self._send(b"".join((self._unsent, data)) if self._unsent and data else data or self._unsent)
-            if not (self._unsent or self.lost or self.call.is_sending):
-                return None
-        while True:
-            is_sent = data is not None and not self._unsent and not self.lost
-            seconds = self._seconds_to_wait()
-            # While a file is sent, the server may have refused it already: look after each piece, but do not wait.
-            received = self._receive() if is_sent else await self._arrival(seconds)
-            if received is not None or is_sent:
-                return received
-            self._send(self._unsent)
 
     def _send(self, data: bytes | memoryview) -> None:
         """Send what the peer takes; what it does not is `_unsent`."""
@@ -1662,7 +1673,12 @@ class _Pool(Generic[_C]):
     async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
-            turn = self._enter(call)
+            turn = None
+            with self._lock:  # one more connection may be in use, or the call waits: first come, first served
+                if len(self._busy) < self._size:
+                    self._busy[call] = None
+                else:
+                    turn = self._waiting[call] = self._new_bell()
             if turn is not None:
                 await self._wait_for_turn(turn, call)
             connection = self._take(route, call)
@@ -1677,15 +1693,6 @@ class _Pool(Generic[_C]):
             return await connection.open(context) or await connection.exchange(head)
         finally:
             self.leave(call)
-
-    def _enter(self, call: _Call) -> Any:
-        """Let one more connection be in use, or return what to wait for until it may be: first come, first served."""
-        with self._lock:
-            if len(self._busy) < self._size:
-                self._busy[call] = None
-                return None
-            turn = self._waiting[call] = self._new_bell()
-            return turn
 
     async def _wait_for_turn(self, turn: Any, call: _Call) -> None:
         since = time.monotonic()
@@ -1709,7 +1716,6 @@ class _Pool(Generic[_C]):
                 self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
                 connection.call = None  # and with it what was sent
             self._busy.pop(call, None)
-            self._pausing.discard(call)
             if self._waiting:
                 self._waiting.pop(call, None)
                 self._let_go_on()
@@ -1726,6 +1732,7 @@ class _Pool(Generic[_C]):
 
     def mend(self, call: _Call) -> None:
         """Take back what an interrupted call has."""
+        self._pausing.discard(call)
         self.leave(call)
         self.unlock()
 
@@ -1738,7 +1745,7 @@ class _Pool(Generic[_C]):
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close one that has been idle for too long."""
         idle = self._idle.setdefault(connection.route, {})
-        connection.is_idle, connection.idle_since = True, time.monotonic()
+        connection.idle_since = time.monotonic()
         idle[connection] = None
         oldest = next(iter(idle))
         if oldest.idle_since < connection.idle_since - _IDLE_LIMIT:
@@ -1754,7 +1761,7 @@ class _Pool(Generic[_C]):
                 if not idle or self.is_closed:
                     return None
                 connection = next(reversed(idle))
-                connection.is_idle = connection.is_reusable = False
+                connection.is_reusable = False
                 self._hold(call, connection)
                 del idle[connection]
             if connection.idle_since > oldest and connection.is_quiet():
@@ -1809,7 +1816,8 @@ class _Pool(Generic[_C]):
         try:
             await self._pause(call, seconds)
         finally:
-            self.leave(call)
+            self._pausing.discard(call)
+            call.abort = None
         if self.is_closed or call.left <= 0:
             raise self._stopped(call, f"{call.request.method} {call.request.target.partition('?')[0]}")
 
@@ -1872,6 +1880,7 @@ class _Client:
             "headers": headers and dict(headers),
             "ssl_context": ssl_context,
         }
+        self._timeout, self._retries = self._settings["timeout"], self._settings["retries"]
         origin = self._origin = _origin(base_url, headers or {})
         self._route, self._fields = _route(origin.scheme, origin.next_hop, origin.tunnel, origin.fields)
         self._lines = _encoded_fields(self._fields)
@@ -1902,21 +1911,24 @@ class _Client:
 
     def _call(self, request: _Request, timeout: float | None, retries: int | None) -> _Call:
         self._check_open()
-        seconds = self._settings["timeout"] if timeout is _CLIENT_DEFAULT else _seconds("timeout", timeout)
-        if retries is not None:
+        seconds = self._timeout if timeout is _CLIENT_DEFAULT else _seconds("timeout", timeout)
+        if retries is None:
+            retries = 0 if request.has_network else self._retries
+        else:
             _count("retries", retries, 0)
-        return _Call(request, seconds, retries, self._settings["retries"])
+        return _Call(request, seconds, retries)
 
     async def _exchange(self, call: _Call) -> _Response:
         pool, opener, request = self._current_pool(), self._opener, call.request
-        lines = self._lines + _encoded_fields(request.fields)
-        head = _encoded_head(request.method, self._origin.prefix + request.target, lines)
+        head = _encoded_head(request.method, self._origin.prefix + request.target, self._lines + request.lines)
         while True:
             try:
                 if opener is None:  # with one it would come to the same, in more steps
                     response = await pool.exchange(self._route, self._context, head, call)
                 else:
                     response = _sent_through(opener, self._origin, call, pool)
+                if response.is_success:
+                    return response
                 pause = call.pause_after(response)
                 if pause is None:
                     return response
@@ -2224,7 +2236,7 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
 def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
     """Send a request through an opener, to its handlers' liking."""
     body: Any = call.request.body or None
-    fields = {**origin.fields, **call.request.fields}
+    fields = {**origin.fields, **dict(line.split(": ", 1) for line in call.request.lines.splitlines())}
     url, method = origin.url + call.request.target, call.request.method
     request: Any = urllib.request.Request(url, body, fields, method=method)  # noqa: S310 - its scheme was checked
     request.host, request.selector = origin.next_hop, origin.prefix + call.request.target
@@ -2243,8 +2255,8 @@ def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -
 
 def _adopted(response: Any) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
-    fields = [(name.lower(), value) for name, value in response.headers.items()]
-    adopted = _Response(response.code, str(response.reason), fields)
+    lines = [(name.lower(), value) for name, value in response.headers.items()]
+    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines)))
     if response.fp is not None:
         with response:
             adopted.content = response.read()
@@ -2372,7 +2384,7 @@ class _AsyncConnection(_Connection):
             self._is_read = False
             self._loop.remove_reader(self._socket)
         if waiter is None:
-            if self.is_idle:
+            if self.call is None:
                 self.close()  # the peer has, or said what nobody asked for
         elif not waiter.done():
             waiter.set_result(self._receive())
