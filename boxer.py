@@ -171,28 +171,15 @@ class RunRequest:
     persist: bool = False
     network: str | None = None
 
-    def __init__(
-        self,
-        image: str,
-        cmd: Sequence[str],
-        env: Mapping[str, str] | Iterable[str] | None = None,
-        cwd: str | None = None,
-        limits: ResourceLimits | Mapping[str, Any] | None = None,
-        files: Sequence[str] | None = None,
-        persist: bool = False,
-        network: str | None = None,
-    ) -> None:
-        if not _text("image", image).strip():
-            raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
-        self.__dict__.update(  # past the __setattr__ of a frozen dataclass, whose own __init__ takes 1 µs more
-            image=image,
-            cmd=_command(cmd),
-            env=_environment(env) if env else (),
-            cwd=None if cwd is None else _text("cwd", cwd) or None,
-            limits=None if limits is None else _limits(limits),
-            files=tuple([_path(path) for path in _texts("files", files)]) if files else (),
-            persist=persist,
-            network=None if network is None else _text("network", network) or None,
+    def __post_init__(self) -> None:
+        self.__dict__.update(  # a frozen dataclass lets nothing be set but so
+            image=_image(self.image),
+            cmd=_command(self.cmd),
+            env=_environment(self.env) if self.env else (),
+            cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
+            limits=None if self.limits is None else _limits(self.limits),
+            files=_files(self.files) if self.files else (),
+            network=None if self.network is None else _text("network", self.network) or None,
         )
 
     def __repr__(self) -> str:
@@ -208,17 +195,24 @@ def _text(name: str, value: Any) -> str:
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
-    if isinstance(values, str):
-        example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # what is in env may be a secret
-        raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
-    if not isinstance(values, (list, tuple)) and isinstance(values, (bytes, Mapping)):
-        raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
+    if type(values) not in (list, tuple):
+        if isinstance(values, str):
+            example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # what is in env may be a secret
+            raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
+        if isinstance(values, (bytes, Mapping)):
+            raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
     if {*map(type, texts)} != {str}:
         for value in texts:
             if not isinstance(value, str):
                 raise TypeError(f"each of {name} must be str, not {type(value).__name__}")
     return texts
+
+
+def _image(image: Any) -> str:
+    if not _text("image", image).strip():
+        raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
+    return image  # type: ignore[no-any-return]  # text, as was just checked
 
 
 def _command(cmd: Any) -> tuple[str, ...]:
@@ -253,6 +247,10 @@ def _limits(limits: Any) -> ResourceLimits:
         if name not in known:
             raise BoxerValidationError(f"there is no limit {name!r}; the limits are {', '.join(known)}")
     return ResourceLimits(**limits)
+
+
+def _files(files: Any) -> tuple[str, ...]:
+    return tuple(map(_path, _texts("files", files)))
 
 
 def _path(path: Any) -> str:
@@ -399,17 +397,18 @@ _LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked 
 _ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
 
 
-class _Request(NamedTuple):
+class _Request:
     """A request, short of what the client's settings add to it."""
 
-    method: str
-    target: str  # below the base URL's path
-    lines: str = ""  # the head's field lines that are this request's own
-    body: bytes | _Multipart = b""
-    content_limit: int = _ANSWER_LIMIT  # bytes of a successful answer's content; sys.maxsize: it is a file
-    allowance: float = 0  # seconds that the server is entitled to on top of the timeout
-    is_run: bool = False
-    has_network: bool = False
+    content_limit = _ANSWER_LIMIT  # bytes of a successful answer's content; sys.maxsize: it is a file
+    allowance = 0.0  # seconds that the server is entitled to on top of the timeout
+    is_run = has_network = False
+
+    def __init__(self, method: str, target: str, lines: str = "", body: bytes | _Multipart = b"") -> None:
+        self.method = method
+        self.target = target  # below the base URL's path
+        self.lines = lines  # of the head, those that are this request's own
+        self.body = body
 
 
 _HEALTH_REQUEST = _Request("GET", "/healthz")
@@ -422,26 +421,31 @@ def _json_array(texts: Iterable[str]) -> str:
     return f"[{','.join(map(_JSON_STRING, texts))}]"
 
 
-def _run_request(run: RunRequest) -> _Request:
-    members = [f'"image":{_JSON_STRING(run.image)}', f'"cmd":{_json_array(run.cmd)}']
-    if run.env:
-        members.append(f'"env":{_json_array(run.env)}')
-    if run.cwd:
-        members.append(f'"cwd":{_JSON_STRING(run.cwd)}')
-    allowance, limits = 0.0, run.limits.to_dict() if isinstance(run.limits, ResourceLimits) else None
-    if limits:
-        members.append(f'"limits":{json.dumps(limits)}')
-        allowance = min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT)
-    if run.files:
-        members.append(f'"files":{_json_array(run.files)}')
-    if run.persist:
+def _run_request(
+    image: Any, cmd: Any, env: Any, cwd: Any, limits: Any, files: Any, persist: Any, network: Any
+) -> _Request:
+    """Check and encode what makes up a RunRequest."""
+    members = [f'"image":{_JSON_STRING(_image(image))}', f'"cmd":{_json_array(_command(cmd))}']
+    given = {} if limits is None else _limits(limits).to_dict()
+    if env:
+        members.append(f'"env":{_json_array(_environment(env))}')
+    if cwd is not None and _text("cwd", cwd):
+        members.append(f'"cwd":{_JSON_STRING(cwd)}')
+    if given:
+        members.append(f'"limits":{json.dumps(given)}')
+    if files:
+        members.append(f'"files":{_json_array(_files(files))}')
+    if persist:
         members.append('"persist":true')
-    if run.network:
-        members.append(f'"network":{_JSON_STRING(run.network)}')
+    if network is not None and _text("network", network):
+        members.append(f'"network":{_JSON_STRING(network)}')
     body = _utf8("run", f"{{{','.join(members)}}}")
     lines = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    has_network = run.network not in (None, "none")
-    return _Request("POST", "/run", lines, body, _ANSWER_LIMIT, allowance, True, has_network)
+    request = _Request("POST", "/run", lines, body)
+    request.is_run, request.has_network = True, network not in (None, "", "none")
+    if given:
+        request.allowance = min(given.get("wall_clock_secs", 0), _LONGEST_WAIT)
+    return request
 
 
 def _upload_request(remote_path: str, content: Content) -> _Request:
@@ -453,7 +457,9 @@ def _upload_request(remote_path: str, content: Content) -> _Request:
 
 def _download_request(path: str) -> _Request:
     query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
-    return _Request("GET", f"/files?path={query}", content_limit=sys.maxsize)
+    request = _Request("GET", f"/files?path={query}")
+    request.content_limit = sys.maxsize
+    return request
 
 
 def _utf8(name: str, text: str) -> bytes:
@@ -1009,7 +1015,9 @@ class _Call:
         left = self._end - time.monotonic()
         if left <= 0:
             raise self.timed_out(peer)
-        return min(left, self.timeout / (4 if self.is_sending else 1), _LONGEST_WAIT)
+        if self.is_sending:
+            left = min(left, self.timeout / 4)
+        return min(left, _LONGEST_WAIT)
 
     def moved(self) -> None:
         """Push the deadline back, since some content has moved."""
@@ -2169,7 +2177,7 @@ class BoxerClient(_Client):
         Raises BoxerTimeoutError with status_code 408 when `wall_clock_secs` is over, and BoxerOutputLimitError when
         stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
         """
-        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
         return _run_result(self._answer(self._call(request, timeout, retries)), check)
 
     def upload_file(
@@ -2583,7 +2591,7 @@ class AsyncBoxerClient(_Client):
         retries: int | None = None,
     ) -> RunResult:
         """See `BoxerClient.run`."""
-        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
         return _run_result(await self._exchange(self._call(request, timeout, retries)), check)
 
     async def upload_file(
