@@ -525,7 +525,7 @@ class _Multipart:
                 room = memoryview(bytearray(min(_FILE_PIECE, left)))  # a piece has been sent before the next is read
         while left is None or left > 0:
             size = _FILE_PIECE if left is None else min(_FILE_PIECE, left)
-            piece: Any = file.read(size) if room is None else room[: file.readinto(room[:size])]
+            piece: Any = file.read(size) if room is None else room[: file.readinto(room[:size]) or 0]
             if not isinstance(piece, (bytes, memoryview)):
                 raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
             if not piece or (left is not None and len(piece) > left):

@@ -3369,7 +3369,27 @@ def reads(pieces: Iterable[Any]) -> Any:
     return OnlyReads(lambda size: next(left) if size else b"")
 
 
+class Blocked(io.RawIOBase):
+    """A file that is said to have ten bytes, which are not there yet."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return 10 if whence == os.SEEK_END else offset
+
+    def tell(self) -> int:
+        return 10
+
+    def readinto(self, _: Any) -> None:
+        return None
+
+
 UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "blocks": (lambda: io.BufferedReader(Blocked()), BoxerError, "changed its size while it was sent"),
     "shrinks": (lambda: Fickle(b"1234"), BoxerError, "changed its size while it was sent"),
     "grows": (lambda: Fickle(b"123456"), BoxerError, "changed its size while it was sent"),
     "becomes text": (lambda: reads([b"1", "2"]), TypeError, "must give bytes, not str"),
