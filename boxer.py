@@ -155,11 +155,11 @@ def _checked_limit(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked to do; the parameters are those of `BoxerClient.run`.
+    """What a run is asked to do, to be kept, compared or shown, and done by `client.run(**vars(request))`.
 
-    `env` may be given as a mapping or a list of `K=V`, `limits` as ResourceLimits or a mapping; they are kept as a
-    tuple and as ResourceLimits. Raises BoxerValidationError for what cannot be right, TypeError for a wrong type.
-    The repr shows the names in `env`, not the values.
+    The parameters are those of `BoxerClient.run`. `env` may be given as a mapping or a list of `K=V`, `limits` as
+    ResourceLimits or a mapping; they are kept as a tuple and as ResourceLimits. Raises BoxerValidationError for what
+    cannot be right, TypeError for a wrong type. The repr shows the names in `env`, not the values.
     """
 
     image: str
@@ -195,14 +195,14 @@ def _text(name: str, value: Any) -> str:
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
-    if type(values) not in (list, tuple):
+    if type(values) not in (list, tuple):  # with what is usual, there is no need to look
         if isinstance(values, str):
             example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # what is in env may be a secret
             raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
         if isinstance(values, (bytes, Mapping)):
             raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
-    if {*map(type, texts)} != {str}:
+    if {*map(type, texts)} != {str}:  # nor here
         for value in texts:
             if not isinstance(value, str):
                 raise TypeError(f"each of {name} must be str, not {type(value).__name__}")
@@ -278,7 +278,7 @@ class RunResult:
     def __post_init__(self) -> None:
         are_text = type(self.exec_id) is type(self.stdout) is type(self.stderr) is str
         if are_text and type(self.exit_code) is type(self.wall_ms) is int:
-            return  # in a fifth of the steps that it takes to look at one after the other
+            return  # as nearly always, in half of the steps that the loop takes
         for name, kind in _RESULT_TYPES.items():
             value = getattr(self, name)
             if type(value) is bool or not isinstance(value, kind):
@@ -392,15 +392,16 @@ def _printable(text: str, keep: str = "") -> str:
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 _PIECE = 1024 * 1024  # bytes of content that are sent from memory and received at a time
-_FILE_PIECE = 4 * _PIECE  # that are read: for asyncio in a thread, and the way there costs as much as to read 1 MiB
+_FILE_PIECE = 4 * _PIECE  # of a file, which asyncio reads in a thread: to get there costs as much as to read 1 MiB
 _LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
+_ENDLESS = sys.maxsize  # as a number of bytes: there is no limit, or it is not known
 _ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
 
 
 class _Request:
     """A request, short of what the client's settings add to it."""
 
-    content_limit = _ANSWER_LIMIT  # bytes of a successful answer's content; sys.maxsize: it is a file
+    content_limit = _ANSWER_LIMIT  # bytes of a successful answer's content; _ENDLESS: it is a file
     allowance = 0.0  # seconds that the server is entitled to on top of the timeout
     is_run = has_network = False
 
@@ -412,7 +413,6 @@ class _Request:
 
 
 _HEALTH_REQUEST = _Request("GET", "/healthz")
-
 
 _JSON_STRING = json.encoder.encode_basestring  # a run's body of such takes a third of the time of a JSONEncoder's
 
@@ -458,7 +458,7 @@ def _upload_request(remote_path: str, content: Content) -> _Request:
 def _download_request(path: str) -> _Request:
     query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
     request = _Request("GET", f"/files?path={query}")
-    request.content_limit = sys.maxsize
+    request.content_limit = _ENDLESS
     return request
 
 
@@ -516,18 +516,22 @@ class _Multipart:
         """Return a piece in the chunked transfer coding (RFC 9112, section 7.1)."""
         return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n", b"0\r\n\r\n" if self.is_given else b""))
 
-    def _read(self, file: Any) -> Iterator[bytes | memoryview]:
+    def _read(self, file: IO[bytes]) -> Iterator[bytes | memoryview]:
         """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
-        left, room = self._size, None
+        left, room = self._size, memoryview(b"")
         if left is not None:
             file.seek(0)
             if type(file) is io.BufferedReader:  # and not what reports its progress by a `read` of its own, say
-                room = memoryview(bytearray(min(_FILE_PIECE, left)))  # a piece has been sent before the next is read
+                room = memoryview(bytearray(min(_FILE_PIECE, left)))  # for all pieces: one is sent before the next
         while left is None or left > 0:
             size = _FILE_PIECE if left is None else min(_FILE_PIECE, left)
-            piece: Any = file.read(size) if room is None else room[: file.readinto(room[:size]) or 0]
-            if not isinstance(piece, (bytes, memoryview)):
-                raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
+            piece: bytes | memoryview
+            if type(file) is io.BufferedReader and left is not None:
+                piece = room[: file.readinto(room[:size]) or 0]  # None: it has none now
+            else:
+                piece = file.read(size)
+                if not isinstance(piece, bytes):
+                    raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
             if not piece or (left is not None and len(piece) > left):
                 break
             left = None if left is None else left - len(piece)
@@ -657,7 +661,7 @@ class _Head(NamedTuple):
     is_success: bool
     is_reusable: bool = False  # another exchange may follow on the connection
     is_chunked: bool = False
-    length: int = sys.maxsize  # of the content; sys.maxsize: it goes on to the end of the connection
+    length: int = 0  # of the content; 0 if it is chunked; _ENDLESS: it goes on to the end of the connection
 
 
 class _Response:
@@ -674,10 +678,6 @@ class _Response:
         self.msg = head.msg
         self.head = head
         self.is_success = head.is_success
-
-    @property
-    def fields(self) -> Mapping[str, str]:
-        return self.head.fields
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -706,7 +706,7 @@ def _check_uploaded(response: _Response) -> None:
 
 
 def _file_content(response: _Response) -> bytes:
-    if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
+    if 300 <= response.code < 400 and response.head.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
     if response.code != 200 and response.is_success:
         raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
@@ -784,13 +784,14 @@ def _reason(response: _Response) -> str:
     """Return what the server says for itself in an error, however it was sent, as one line of a sane length."""
     text = _server_error(response)
     if text is None:
-        latin = re.search(r"charset=\"?(iso-8859-1|latin-?1)\b", response.fields.get("content-type", ""), re.IGNORECASE)
+        media_type = response.head.fields.get("content-type", "")
+        latin = re.search(r"(?i)charset=\"?(iso-8859-1|latin-?1)\b", media_type)
         text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8-sig", "replace")
         if text.lstrip()[:1] == "<":
             text = html.unescape(re.sub(_MARKUP, " ", text))
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
     if 300 <= response.code < 400:
-        text += f" (redirects are not followed; Location: {response.fields.get('location', '')})"
+        text += f" (redirects are not followed; Location: {response.head.fields.get('location', '')})"
     text = " ".join(_printable(text).split())
     return text if len(text) <= _REASON_SIZE else text[:_REASON_SIZE] + " …"
 
@@ -986,7 +987,7 @@ class _Call:
     is_sending = is_receiving = False
     was_sent = False  # by a try that is over
     abort: Callable[[_Call], Any] | None = None  # breaks off what is going on
-    _tries = _race_tries = 0  # that have been made again
+    _tries = _race_tries = 0  # made after the first, and after one that the server's race has lost
 
     def __init__(self, request: _Request, timeout: float, retries: int) -> None:
         self.request = request
@@ -1033,10 +1034,11 @@ class _Call:
 
     def goes_once_more(self, error: BoxerConnectionError) -> bool:
         """Decide whether a request goes out again, silently, because the kept connection it was sent on was dead."""
+        self.was_sent = self.was_sent or error.request_sent
         return self._can_be_sent and self._is_harmless(error)
 
     def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
-        """Decide what follows a try: another one after so many seconds, or (None) nothing."""
+        """Decide what follows a try that failed: another one after so many seconds, or (None) nothing."""
         if not self._can_be_sent:
             return None
         if self._race_tries < _RACE_TRIES and self._is_race(outcome):
@@ -1047,10 +1049,11 @@ class _Call:
         self._tries += 1
         pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._tries, 5), 8.0)
         if isinstance(outcome, _Response):
-            pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
+            pause = max(pause, _retry_after(outcome.head.fields.get("retry-after", "")))
         return self._within_deadline(outcome, pause, logging.WARNING)
 
     def _is_race(self, outcome: _Response | BoxerConnectionError) -> bool:
+        """Tell whether the server's race has lost the output of a run that may be sent again."""
         if not self._retries or not self.request.is_run or self.request.has_network:
             return False
         error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
@@ -1133,32 +1136,32 @@ def _encoded_head(method: str, target: str, fields: str) -> bytes:
 class _Decoder:
     """Decode the response to one request from bytes as they arrive.
 
-    `response` is there once its head is, with its content once `is_complete`. Then `is_reusable` tells whether another
-    request may follow on the connection, and `rest` is what came after the response.
+    `response` is there once its head is, with its content once `is_complete`. Then `is_reusable` tells whether this
+    allows another request on the connection, and `rest` is what came after the response.
     """
 
-    response: Any = None  # a _Response
+    response: _Response = None  # type: ignore[assignment]  # until its head is there
     is_complete = is_reusable = False
     size = 0  # of the content that was decoded so far, in bytes
-    rest: Any = b""  # what has arrived and is not decoded: bytes, or in the midst of content a memoryview
-    _at = 0  # where in what has arrived that begins
+    rest = b""  # what has arrived and is not decoded; within `feed` all that has arrived
+    _at = 0  # within `feed`: up to where that is decoded
     _searched = 0  # how far from there a delimiter has been looked for
     _left = 0  # bytes of the content, or of a chunk, that are still to come
     _content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
     _interim = 0  # responses before the final one
 
     def __init__(self, method: str, content_limit: int) -> None:
-        self.is_file = content_limit == sys.maxsize
+        self.is_file = content_limit == _ENDLESS
         self._is_tunnel = method == "CONNECT"
         self._limit = content_limit
         # The step that comes next: it takes what it can, and tells whether another one may follow.
         self._step: Callable[[_Decoder], bool] = _Decoder._take_head
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Decode what arrived; a memoryview is not kept."""
+        """Decode what arrived; a memoryview, which can be only in the midst of content of known length, is not kept."""
         if self.rest:
             data = b"".join((self.rest, data))
-        self.rest, self._at = data, 0
+        self.rest, self._at = data, 0  # type: ignore[assignment]
         while self._step(self):
             pass
         self.rest = bytes(data[self._at :]) if self._at < len(data) else b""
@@ -1167,7 +1170,7 @@ class _Decoder:
         """Decode the end of the connection."""
         if self.response is None:
             raise _LostError("the connection ended within the head" if self.rest else "it closed before an answer came")
-        if self.response.head.length != sys.maxsize or not clean:
+        if self.response.head.length != _ENDLESS or not clean:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
         self._complete(self.response)
 
@@ -1182,7 +1185,9 @@ class _Decoder:
     def _take_head(self) -> bool:
         """Take the head of a final response, or of an interim one, of which nothing is of use."""
         if not self.rest.startswith(b"HTTP/1.", self._at):
-            self._check_begin(bytes(self.rest[self._at : self._at + 16]))
+            begin = self.rest[self._at : self._at + 16]
+            if not b"HTTP/1.".startswith(begin[:7]):  # it has not just not all come yet
+                raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
         data = self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")
         if data is None:
             return False
@@ -1201,10 +1206,6 @@ class _Decoder:
         self._left = head.length
         self._step = _Decoder._take_chunk_head if head.is_chunked else _Decoder._take_content
         return True
-
-    def _check_begin(self, begin: bytes) -> None:
-        if not b"HTTP/1.".startswith(begin[:7]):
-            raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
 
     def _take_content(self) -> bool:
         """Take content, or a chunk of it, as long as it is; stop at the limit."""
@@ -1264,7 +1265,7 @@ class _Decoder:
         end = data.find(delimiter, begin + self._searched)
         if begin <= end <= begin + limit:
             self._at, self._searched = end + len(delimiter), 0
-            return data[begin:end]  # type: ignore[no-any-return]  # bytes, since it is not content
+            return data[begin:end]
         searched = max(0, len(data) - len(delimiter) + 1 - begin)
         if end >= 0 or searched > limit:
             raise _ProtocolError(f"{what} is longer than {limit} bytes")
@@ -1289,15 +1290,15 @@ def _decoded_head(data: bytes, is_tunnel: bool) -> _Head:
     has_content = code >= 200 and code not in (204, 304) and not (is_tunnel and code < 300)
     is_chunked, length = _framing(fields, is_old) if has_content else (False, 0)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
-    is_reusable = length < sys.maxsize and not is_old and "close" not in options
+    is_reusable = length < _ENDLESS and not is_old and "close" not in options
     return _Head(code, match[3] or "", field_lines, fields, 200 <= code < 300, is_reusable, is_chunked, length)
 
 
 def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, int]:
-    """Return whether the content comes in chunks, and, if it does not, where it ends: RFC 9112, section 6.3."""
+    """Return whether the content is chunked, and its length (see _Head): RFC 9112, section 6.3."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is None:
-        return False, sys.maxsize if length is None else _decoded_length(length)
+        return False, _ENDLESS if length is None else _decoded_length(length)
     if is_old or length is not None or coding.lower() != "chunked":
         raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
     return True, 0
@@ -1318,7 +1319,7 @@ def _decoded_field(line: str) -> tuple[str, str]:
 
 
 def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return fields by name, and of several with one name, all: RFC 9110, section 5.3."""
+    """Return fields by name."""
     fields = dict(lines)
     if len(fields) < len(lines):
         return {name: ", ".join([value for other, value in lines if other == name]) for name in fields}
@@ -1368,17 +1369,17 @@ class _Tls:
             if received is not None:
                 self._put(received)
 
-    async def move(self, data: bytes | memoryview, is_last: bool) -> bytes | memoryview | None:
+    async def move(self, data: bytes | memoryview, waits: bool) -> bytes | memoryview | None:
         """Do as `_Connection.move` says, over TLS."""
         if data and self.is_open:
             with _tls_errors():
                 self._object.write(data)
         while self.is_open:
             # What was written, or an answer of TLS's own: to new keys, say.
-            received = await self._move(self._outgoing.read(), is_last and not self._is_fresh)
+            received = await self._move(self._outgoing.read(), waits and not self._is_fresh)
             decrypted = self._decrypted(received) if received is not None or self._is_fresh else b""
             self._is_fresh = False
-            if decrypted or not is_last:
+            if decrypted or not waits:
                 return decrypted or None
         return b""
 
@@ -1447,20 +1448,20 @@ class _Connection:
     def __init__(self, route: _Route, peer: str) -> None:
         self.route = route
         self.peer = peer
-        self.call: Any = None  # the _Call whose request is being exchanged; None: the connection is idle
+        self.call: _Call = None  # type: ignore[assignment]  # whose request is being exchanged; None: it is idle
         self.is_reusable = False  # the last exchange left it fit for another one
         self.idle_since = 0.0
         self.has_sent = False  # some of the request that is being exchanged
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
         self._is_cut_short = False  # what was to be sent never was, since the connection was lost
-        self._socket: Any = None
+        self._socket: socket.socket = None  # type: ignore[assignment]
         self._process = os.getpid()
         self._poll: Any = getattr(select, "poll", _SelectPoll)()
         self._watched = 0  # the events that it looks for
         self._unsent: bytes | memoryview = b""  # what was to be sent and is not yet, since the peer does not take it
-        self._has_much = False  # content is being received whose length is known; other takes time to decode
+        self._is_sized = False  # content of known length is being received: in its midst a memoryview can be decoded
         self._room: memoryview | None = None  # to receive it into
-        self._given = self._taken = 0  # bytes of the request: by this client, and by the peer
+        self._given = self._taken = 0  # bytes of an upload: given by this client, and taken by the peer
         self._tls: _Tls | None = None
 
     def _make_socket(self, address: Any) -> None:
@@ -1471,7 +1472,6 @@ class _Connection:
 
     async def open(self, context: ssl.SSLContext | None) -> _Response | None:
         """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
-        self.call.is_sending = self.call.is_receiving = False
         route = self.route
         try:
             if route.tunnel is not None:
@@ -1495,7 +1495,7 @@ class _Connection:
             fields["Proxy-authorization"] = route.authorization
         decoder = _Decoder("CONNECT", _ERROR_LIMIT)
         await self._converse(_encoded_head("CONNECT", authority, _encoded_fields(fields)), b"", decoder, self.move)
-        response: _Response = decoder.response
+        response = decoder.response
         if not response.is_success:
             return response
         if decoder.rest:
@@ -1513,7 +1513,7 @@ class _Connection:
             why = f" ({self._loss})" if self._loss else ""
             cause = self._loss or error.__cause__ or error
             raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from cause
-        response: _Response = decoder.response
+        response = decoder.response
         if response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
@@ -1525,21 +1525,20 @@ class _Connection:
     def _loss(self) -> Exception | None:
         return self.lost or (self._tls.lost if self._tls else None)
 
-    async def _converse(self, head: bytes, body: Any, decoder: _Decoder, move: _Move) -> bool:
-        """Send a request (its body: bytes or _Multipart) until it is sent or answered, and receive the answer.
-
-        Return whether all of it was sent.
-        """
-        call, upload, first, size = self.call, None, body, 0
+    async def _converse(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, move: _Move) -> bool:
+        """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
+        call, upload, size = self.call, None, 0
+        data: bytes | memoryview
         if isinstance(body, _Multipart):
             upload, pieces = body, body.pieces()
-            first = next(pieces)
-            self._given, self._taken = len(head) + len(first), 0
-        data: bytes | memoryview = head + first
+            data = head + next(pieces)
+            self._given, self._taken = len(data), 0
+        else:
+            data = head + body
         call.is_sending, call.is_receiving = upload is not None, False
-        is_last = upload is None
+        waits = upload is None  # there is nothing more to send
         while True:
-            received = await move(data, is_last)
+            received = await move(data, waits)
             data = b""
             if received is not None:
                 decoder.feed(received) if received else decoder.end(clean=self._loss is None)
@@ -1547,22 +1546,22 @@ class _Connection:
                     break
             response = decoder.response
             if response is not None:
-                is_last, call.is_sending, self._has_much = True, False, 0 < response.head.length < sys.maxsize
+                waits, call.is_sending, self._is_sized = True, False, 0 < response.head.length < _ENDLESS
                 if decoder.is_file and response.is_success and (not call.is_receiving or decoder.size > size):
                     call.is_receiving, size = True, decoder.size
                     call.moved()
-            elif upload is not None and not (is_last or self._unsent):
+            elif upload is not None and not (waits or self._unsent):
                 data = await self.next_piece(upload, pieces)
-                is_last = upload.is_given
+                waits = upload.is_given
                 self._given += len(data)
-        self._has_much, self._room = False, None  # which an idle connection does not need
+        self._is_sized, self._room = False, None  # which an idle connection does not need
         return not (self._unsent or self._is_cut_short) and (upload is None or upload.is_given)
 
-    async def move(self, data: bytes | memoryview, is_last: bool) -> bytes | memoryview | None:
+    async def move(self, data: bytes | memoryview, waits: bool) -> bytes | memoryview | None:
         """Send bytes, and those that are still unsent; return what arrives. It is never empty but at the end: b"".
 
-        If what was sent `is_last`, wait for what arrives; else return None if all is sent and nothing has arrived. When
-        the connection ends, `lost` says whether it was lost. A memoryview is good until the next move.
+        If it `waits`, then until something arrives; else until all is sent, and None if nothing has arrived by then. At
+        the end of the connection `lost` says whether it was lost. A memoryview is good until the next move.
         """
         if data:
             self._send(b"".join((self._unsent, data)) if self._unsent else data)
@@ -1570,11 +1569,11 @@ class _Connection:
             if self.call.is_sending:
                 self._see_progress()
             seconds = self.call.seconds_to_wait(self.peer)
-            if is_last or self._unsent or self.lost:
+            if waits or self._unsent or self.lost:
                 received = await self._arrival(seconds)
             else:  # while a file is sent, the server may have refused it already
                 received = self._receive()
-            if received is not None or not (is_last or self._unsent):
+            if received is not None or not (waits or self._unsent):
                 return received
             self._send(self._unsent)
 
@@ -1605,7 +1604,7 @@ class _Connection:
             if self._room is not None:
                 return self._room[: self._socket.recv_into(self._room)]
             received: bytes = self._socket.recv(_SMALL_PIECE)
-            if self._has_much and len(received) == _SMALL_PIECE:
+            if self._is_sized and len(received) == _SMALL_PIECE:
                 self._room = memoryview(bytearray(_PIECE))
             return received
         except (BlockingIOError, InterruptedError):
@@ -1675,8 +1674,7 @@ class _Pool(Generic[_C]):
     """The connections of a client: those that are idle, by route, and those in use, each by one call.
 
     An interrupt may come between any two steps of what the blocking client does. So what a call has, or waits for,
-    stands in these tables before it is had, and `leave`, which may be broken off and done again by `mend`, gives it all
-    back.
+    stands in these tables before it is had; `leave` and `pause` give it back, and if they were broken off, `mend` does.
     """
 
     def __init__(self, size: int) -> None:
@@ -1732,7 +1730,7 @@ class _Pool(Generic[_C]):
             connection = self._busy.get(call)
             if connection is not None and connection.call is call:
                 self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
-                connection.call = None  # and with it what was sent
+                connection.call = None  # type: ignore[assignment]  # and with it what was sent
             self._busy.pop(call, None)
             if self._waiting:
                 self._waiting.pop(call, None)
@@ -1808,6 +1806,7 @@ class _Pool(Generic[_C]):
         """Connect to the first of a name's addresses that lets it."""
         host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS["http" if route.tunnel else route.scheme])
         peer, last = f"{host}:{port}", None
+        call.is_sending = call.is_receiving = False
         addresses: Sequence[Any] = ()
         try:
             addresses = () if self.is_closed else await self._addresses(host, port, call)
@@ -1853,12 +1852,9 @@ class _Pool(Generic[_C]):
 
     def leave_to_parent(self) -> None:
         """Close a forked child's copies of the connections; a thread that is not there may hold the lock."""
-        for connection in self.connections():
-            connection.close()
-
-    def connections(self) -> list[_C]:
-        busy = (connection for connection in self._busy.values() if connection is not None)
-        return [*busy, *itertools.chain.from_iterable(self._idle.values())]
+        for connection in (*self._busy.values(), *itertools.chain.from_iterable(self._idle.values())):
+            if connection is not None:
+                connection.close()
 
     # What blocks in one client and awaits in the other.
 
@@ -1900,9 +1896,9 @@ class _Client:
         }
         self._timeout, self._retries = self._settings["timeout"], self._settings["retries"]
         origin = self._origin = _origin(base_url, headers or {})
-        self._route, self._fields = _route(origin.scheme, origin.next_hop, origin.tunnel, origin.fields)
-        self._lines = _encoded_fields(self._fields)
-        self._context = _tls_context(self._origin.scheme, ssl_context)
+        self._route, fields = _route(origin.scheme, origin.next_hop, origin.tunnel, origin.fields)
+        self._lines = _encoded_fields(fields)
+        self._context = _tls_context(origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by process, or by event loop
         self._is_closed = False
 
@@ -2049,7 +2045,9 @@ class _ConnectionHandler:
         route, fields = _route(request.type, request.host, tunnel, fields)
         head = _encoded_head(request.get_method(), request.selector, _encoded_fields(fields))
         context = _tls_context(route.scheme, self._context)
-        return _now(pool.exchange, route, context, head, call)  # type: ignore[no-any-return]
+        response: _Response = _now(pool.exchange, route, context, head, call)
+        call.was_sent = True  # if a handler sends another request for this one
+        return response
 
     https_open = http_open
 
@@ -2254,7 +2252,7 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
 def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
     """Send a request through an opener, to its handlers' liking."""
     body: Any = call.request.body or None
-    fields = {**origin.fields, **dict(line.split(": ", 1) for line in call.request.lines.splitlines())}
+    fields = {**origin.fields, **dict(line.split(": ") for line in call.request.lines.splitlines())}  # urllib's way
     url, method = origin.url + call.request.target, call.request.method
     request: Any = urllib.request.Request(url, body, fields, method=method)  # noqa: S310 - its scheme was checked
     request.host, request.selector = origin.next_hop, origin.prefix + call.request.target

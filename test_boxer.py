@@ -2327,6 +2327,12 @@ def is_going_on(thing: Any) -> bool:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_arrive() -> None:
+    """Let a SIGINT interrupt even if these tests run in a shell's background, whose jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Fail if a descriptor, a thread, a process, a loop or a task outlives its test, or if asyncio had to complain.
@@ -4361,6 +4367,20 @@ def test_a_run_request_is_a_value_that_hides_what_env_says() -> None:
         request.image = "j"  # type: ignore[misc]
 
 
+def test_a_run_request_is_done_by_its_parameters(client_of: Clients) -> None:
+    given: dict[str, Any] = {
+        "env": {"A": "1"}, "cwd": "/w", "limits": {"nofile": 5}, "files": ["a"], "persist": True, "network": "none"
+    }  # fmt: skip
+    with Peer.answering(RAN, RAN, RAN, RAN) as peer:
+        client = client_of(peer.url)
+        for parameters in ({}, given):
+            client.run("i", ["c"], **parameters)
+            client.run(**vars(RunRequest("i", ["c"], **parameters)))
+    bodies = [json.loads(request.body) for request in peer.requests[0]]
+    assert bodies[0] == bodies[1] == {"image": "i", "cmd": ["c"]}
+    assert bodies[2] == bodies[3] == {**bodies[0], **given, "env": ["A=1"]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs in a sandbox, end to end
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4801,6 +4821,48 @@ def test_what_could_not_be_connected_is_tried_again(client_of: Clients, clock: C
         clock.pauses.clear()
         error = outcome(client, call)
         assert type(error) is BoxerConnectionError and not error.request_sent and len(clock.pauses) == tries
+
+
+@contextlib.contextmanager
+def vanishing(*answers: bytes) -> Iterator[str]:
+    """A server that takes one connection, answers as many requests on it, and is gone; yield its URL."""
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        listener.close()
+        with sock, sock.makefile("rb") as reader:
+            for answer in answers:
+                _received(reader, with_body=True)
+                sock.sendall(answer)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.join(30)
+
+
+def test_a_request_was_sent_even_if_it_could_not_be_sent_once_more(client_of: Clients) -> None:
+    with vanishing(WELL, b"") as url:
+        client = client_of(url)
+        assert client.health()
+        error = outcome(client, GET_HEALTH)
+    assert is_expected(error, lost("no connection could be made")) and error.request_sent
+
+
+def test_a_request_was_sent_even_if_a_handler_could_not_send_another() -> None:
+    said = challenge(Received(b"", b""))[0].replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    with vanishing(said) as url, BoxerClient(url, handlers=[digest(url)]) as client:
+        error = outcome(client, run("true", retries=0))
+    assert is_expected(error, lost("no connection could be made")) and error.request_sent
+
+
+def test_a_connection_that_ends_with_its_answer_is_closed_at_once(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, b"HTTP/1.1 200 OK\r\n\r\nwell", Do.FIN]]) as peer:
+        client = client_of(peer.url)
+        before = open_descriptors()
+        assert client.health()
+        assert settles(lambda: open_descriptors() <= before)
 
 
 @pytest.mark.parametrize("end", [Do.FIN, Do.RST])
