@@ -4857,6 +4857,14 @@ def test_a_request_was_sent_even_if_a_handler_could_not_send_another() -> None:
     assert is_expected(error, lost("no connection could be made")) and error.request_sent
 
 
+def test_a_connection_on_which_more_of_an_answer_is_to_come_is_not_used_again(client_of: Clients) -> None:
+    head = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 100000\r\n\r\n"
+    with Peer([[Do.REQUEST, head + b"." * 70_000, Do.GONE], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, RUN_IT), refusal(502, "502 Bad Gateway: ..."))
+        assert client.health()
+
+
 def test_a_connection_that_ends_with_its_answer_is_closed_at_once(client_of: Clients) -> None:
     with Peer([[Do.REQUEST, b"HTTP/1.1 200 OK\r\n\r\nwell", Do.FIN]]) as peer:
         client = client_of(peer.url)
