@@ -8394,6 +8394,15 @@ def test_a_run_on_a_kept_connection_takes_few_function_calls(client_of: Clients)
     assert counting.calls <= (50 if client_of.kind == "sync" else 135)
 
 
+def test_a_handshake_that_does_not_come_is_waited_for_idly(client_of: Clients) -> None:
+    with Peer([[Do.DRAIN]]) as peer:
+        client = client_of(f"https://{peer.authority}", timeout=0.2)
+        with Counting() as counting:
+            error = outcome(client, GET_HEALTH)
+    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.2 s"))
+    assert counting.calls < 1000
+
+
 def test_a_run_on_a_kept_connection_waits_once() -> None:
     async def main() -> None:
         async with AsyncBoxerClient(host.url) as client:
