@@ -393,8 +393,9 @@ def _printable(text: str, keep: str = "") -> str:
 
 _PIECE = 1024 * 1024  # bytes of content that are sent from memory and received at a time
 _FILE_PIECE = 4 * _PIECE  # of a file, which asyncio reads in a thread: to get there costs as much as to read 1 MiB
+_QUICK = 0.05  # seconds to read a piece in, for the next one to be that large
 _LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
-_ENDLESS = sys.maxsize  # as a number of bytes: there is no limit, or it is not known
+_ENDLESS = 10**18  # as a number of bytes, and more than can be told: there is no limit, or it is not known
 _ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
 
 
@@ -494,21 +495,21 @@ class _Multipart:
         self.is_given = False  # True once the last piece was given
         self.may_block = not isinstance(self._content, memoryview)  # making a piece reads from a file
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """Yield the body; a file is first touched for the second piece."""
+    def pieces(self, largest: int) -> Iterator[bytes | memoryview]:
+        """Yield the body in pieces of so many bytes; a file is first touched for the second piece."""
         if not self.can_be_sent:
             raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
         self.is_given = False
-        return self._parts() if self._size is not None else map(self._chunk, self._parts())
+        return self._parts(largest) if self._size is not None else map(self._chunk, self._parts(_PIECE))
 
-    def _parts(self) -> Iterator[bytes | memoryview]:
+    def _parts(self, largest: int) -> Iterator[bytes | memoryview]:
         if isinstance(self._content, memoryview):
             yield self._before + self._content[:_PIECE]
             yield from (self._content[at : at + _PIECE] for at in range(_PIECE, len(self._content), _PIECE))
         else:
             yield self._before
             self.can_be_sent = self._size is not None
-            yield from self._read(self._content)
+            yield from self._read(self._content, largest)
         self.is_given = True
         yield self._after
 
@@ -516,22 +517,23 @@ class _Multipart:
         """Return a piece in the chunked transfer coding (RFC 9112, section 7.1)."""
         return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n", b"0\r\n\r\n" if self.is_given else b""))
 
-    def _read(self, file: IO[bytes]) -> Iterator[bytes | memoryview]:
+    def _read(self, file: IO[bytes], largest: int) -> Iterator[bytes | memoryview]:
         """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
-        left, room = self._size, memoryview(b"")
+        left, size, room = self._size, _PIECE, memoryview(b"")
         if left is not None:
             file.seek(0)
             if type(file) is io.BufferedReader:  # and not what reports its progress by a `read` of its own, say
-                room = memoryview(bytearray(min(_FILE_PIECE, left)))  # for all pieces: one is sent before the next
+                room = memoryview(bytearray(min(largest, left)))  # for all pieces: one is sent before the next
         while left is None or left > 0:
-            size = _FILE_PIECE if left is None else min(_FILE_PIECE, left)
+            began = time.monotonic()
             piece: bytes | memoryview
             if type(file) is io.BufferedReader and left is not None:
                 piece = room[: file.readinto(room[:size]) or 0]  # None: it has none now
             else:
-                piece = file.read(size)
+                piece = file.read(size if left is None else min(size, left))
                 if not isinstance(piece, bytes):
                     raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
+            size = largest if time.monotonic() - began < _QUICK else _PIECE
             if not piece or (left is not None and len(piece) > left):
                 break
             left = None if left is None else left - len(piece)
@@ -1017,7 +1019,7 @@ class _Call:
         if left <= 0:
             raise self.timed_out(peer)
         if self.is_sending:
-            left = min(left, self.timeout / 4)
+            left = max(0.0, min(left, self.timeout / 4))  # the call may be cancelled meanwhile
         return min(left, _LONGEST_WAIT)
 
     def moved(self) -> None:
@@ -1530,7 +1532,7 @@ class _Connection:
         call, upload, size = self.call, None, 0
         data: bytes | memoryview
         if isinstance(body, _Multipart):
-            upload, pieces = body, body.pieces()
+            upload, pieces = body, body.pieces(_PIECE if self._tls else _FILE_PIECE)  # TLS keeps room for two
             data = head + next(pieces)
             self._given, self._taken = len(data), 0
         else:
@@ -1569,7 +1571,9 @@ class _Connection:
             if self.call.is_sending:
                 self._see_progress()
             seconds = self.call.seconds_to_wait(self.peer)
-            if waits or self._unsent or self.lost:
+            if self.lost:
+                return self._receive() or b""  # nothing more arrives than has
+            if waits or self._unsent:
                 received = await self._arrival(seconds)
             else:  # while a file is sent, the server may have refused it already
                 received = self._receive()

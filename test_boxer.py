@@ -35,6 +35,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import posixpath
@@ -3399,6 +3400,11 @@ UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shrinks": (lambda: Fickle(b"1234"), BoxerError, "changed its size while it was sent"),
     "grows": (lambda: Fickle(b"123456"), BoxerError, "changed its size while it was sent"),
     "becomes text": (lambda: reads([b"1", "2"]), TypeError, "must give bytes, not str"),
+    "becomes a memoryview": (
+        lambda: reads([b"1", memoryview(array.array("I", [1, 2]))]),
+        TypeError,
+        "must give bytes, not memoryview",
+    ),
     "becomes nothing": (lambda: reads([b"1", None]), TypeError, "must give bytes, not NoneType"),
     "cannot be read": (lambda: reads(map(os.read, [-1], [1])), OSError, "Bad file descriptor"),
 }
@@ -6102,6 +6108,51 @@ def test_a_file_that_changes_its_size_is_never_a_whole_upload(
     assert length is not None and len(body) < int(length[1])
 
 
+def test_an_upload_out_of_memory_that_has_gone_is_broken_off(client_of: Clients, tmp_path: Path) -> None:
+    """A send fails, and the connection has not: as when the system has no room, or a firewall does not let it."""
+    path, received = tmp_path / "file", list[bytes]()
+    path.touch()
+    os.truncate(path, LONG)
+
+    def take(sock: Any) -> None:
+        os.truncate(path, 8 * MIB)
+        all_of_it(sock, received)
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), LONG, prot=mmap.PROT_READ) as content:
+        with Peer([[take, Do.FIN], [Do.REQUEST, WELL]]) as peer:
+            client = client_of(peer.url)
+            error = outcome(client, upload(memoryview(content)))
+            assert is_expected(error, lost("Bad address")) and error.request_sent
+            assert client.health()
+        del error  # and with its traceback the frames that have the content
+        gc.collect()
+    assert len(b"".join(received)) <= 8 * MIB + 1000
+
+
+class Recording(io.FileIO):
+    """A file that tells how much was asked of it at a time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.asked: list[int] = []
+
+    def readinto(self, room: Any) -> int:
+        self.asked.append(len(room))
+        return super().readinto(room)
+
+
+@pytest.mark.parametrize(("way", "most"), [("quick", 4 * MIB), ("slow", MIB), ("over TLS", MIB)])
+def test_a_file_is_read_in_larger_pieces_where_that_is_of_use(
+    client_of: Clients, clock: Clock, ca: trustme.CA, large_file: Path, way: str, most: int
+) -> None:
+    clock.tick = 0.06 if way == "slow" else 0.0
+    with Host(lambda _: [STORED], context=serving(ca) if way == "over TLS" else None) as host:
+        client = client_of(host.url, ssl_context=trusting(ca) if way == "over TLS" else None)
+        with Recording(large_file) as raw, io.BufferedReader(raw) as file:
+            client.upload_file("a.txt", file)
+    assert max(raw.asked) == most
+
+
 def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -> None:
     with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
         client = client_of(peer.url)
@@ -8401,6 +8452,31 @@ def test_a_handshake_that_does_not_come_is_waited_for_idly(client_of: Clients) -
             error = outcome(client, GET_HEALTH)
     assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.2 s"))
     assert counting.calls < 1000
+
+
+def test_the_rest_of_an_early_answer_is_waited_for_idly(client_of: Clients) -> None:
+    begun = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\n"
+    with Peer([[Do.HEAD, begun, Do.DRAIN]]) as peer:
+        client = client_of(peer.url, timeout=0.3)
+        with Counting() as counting:
+            error = outcome(client, upload(bytes(LONG)))
+    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.3 s"))
+    assert counting.calls < 2000
+
+
+def test_an_idle_connection_is_closed_when_its_server_has_closed_it() -> None:
+    async def main() -> None:
+        before = open_descriptors()
+        async with AsyncBoxerClient(peer.url) as client:
+            assert await client.health()
+            assert len(open_descriptors() - before) > 1
+            is_over.set()
+            while not open_descriptors() <= before:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.001)
+
+    is_over = threading.Event()
+    with Peer([[Do.REQUEST, WELL, lambda _: is_over.wait(30), Do.FIN]]) as peer:
+        asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_a_run_on_a_kept_connection_waits_once() -> None:
