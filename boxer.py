@@ -1838,7 +1838,6 @@ class _Pool(Generic[_C]):
             await self._pause(call, seconds)
         finally:
             self._pausing.discard(call)
-            call.abort = None
         if self.is_closed or call.left <= 0:
             raise self._stopped(call, f"{call.request.method} {call.request.target.partition('?')[0]}")
 
