@@ -1855,9 +1855,8 @@ class _Pool(Generic[_C]):
 
     def leave_to_parent(self) -> None:
         """Close a forked child's copies of the connections; a thread that is not there may hold the lock."""
-        for connection in (*self._busy.values(), *itertools.chain.from_iterable(self._idle.values())):
-            if connection is not None:
-                connection.close()
+        for connection in filter(None, (*self._busy.values(), *itertools.chain.from_iterable(self._idle.values()))):
+            connection.close()
 
     # What blocks in one client and awaits in the other.
 
@@ -2369,8 +2368,6 @@ class _AsyncConnection(_Connection):
             raise BoxerConnectionError(f"{self.peer}: broken off by this client", self.has_sent) from error
 
     async def _arrival(self, seconds: float) -> bytes | memoryview | None:
-        if self._socket.fileno() < 0:
-            return b""
         try:
             if not self._is_read:
                 self._loop.add_reader(self._socket, self._on_readable)
