@@ -496,7 +496,7 @@ class _Multipart:
         self.may_block = not isinstance(self._content, memoryview)  # making a piece reads from a file
 
     def pieces(self, largest: int) -> Iterator[bytes | memoryview]:
-        """Yield the body in pieces of so many bytes; a file is first touched for the second piece."""
+        """Yield the body; a file is first touched for the second piece, and read `largest` bytes at a time at most."""
         if not self.can_be_sent:
             raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
         self.is_given = False
@@ -519,7 +519,7 @@ class _Multipart:
 
     def _read(self, file: IO[bytes], largest: int) -> Iterator[bytes | memoryview]:
         """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
-        left, size, room = self._size, _PIECE, memoryview(b"")
+        left, size, room = self._size, _PIECE, None
         if left is not None:
             file.seek(0)
             if type(file) is io.BufferedReader:  # and not what reports its progress by a `read` of its own, say
@@ -527,8 +527,8 @@ class _Multipart:
         while left is None or left > 0:
             began = time.monotonic()
             piece: bytes | memoryview
-            if type(file) is io.BufferedReader and left is not None:
-                piece = room[: file.readinto(room[:size]) or 0]  # None: it has none now
+            if room is not None:
+                piece = room[: file.readinto(room[:size]) or 0]  # type: ignore[attr-defined]  # None: it has none now
             else:
                 piece = file.read(size if left is None else min(size, left))
                 if not isinstance(piece, bytes):
@@ -660,7 +660,6 @@ class _Head(NamedTuple):
     msg: str  # the reason phrase
     field_lines: Sequence[tuple[str, str]]  # names in lower case
     fields: Mapping[str, str]  # of several with one name, all: RFC 9110, section 5.3
-    is_success: bool
     is_reusable: bool = False  # another exchange may follow on the connection
     is_chunked: bool = False
     length: int = 0  # of the content; 0 if it is chunked; _ENDLESS: it goes on to the end of the connection
@@ -679,7 +678,7 @@ class _Response:
         self.code = head.code
         self.msg = head.msg
         self.head = head
-        self.is_success = head.is_success
+        self.is_success = 200 <= head.code < 300
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -723,7 +722,7 @@ def _checked(response: _Response) -> _Response:
         raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
     coding = response.head.fields.get("content-encoding")
     if coding and coding.lower() != "identity":
-        message = f"the answer came with Content-Encoding {_printable(coding)[:40]!r}, which was not asked for"
+        message = f"the answer came with Content-Encoding {_printable(coding.lower())[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
     return response
 
@@ -1277,8 +1276,8 @@ class _Decoder:
         return None
 
 
-# A server's heads differ in little, and within a second often in nothing. With this cache a head that
-# was seen before takes 0.1 µs; one in which a line is new takes 4, with the cache of lines below, and else 6.
+# A server's heads differ in little, and within a second often in nothing. With this cache a head that was seen before
+# takes 0.1 µs; one in which a line is new takes 4, with the cache of lines below, and else 6.
 
 
 @functools.lru_cache(maxsize=32)
@@ -1293,7 +1292,7 @@ def _decoded_head(data: bytes, is_tunnel: bool) -> _Head:
     is_chunked, length = _framing(fields, is_old) if has_content else (False, 0)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
     is_reusable = length < _ENDLESS and not is_old and "close" not in options
-    return _Head(code, match[3] or "", field_lines, fields, 200 <= code < 300, is_reusable, is_chunked, length)
+    return _Head(code, match[3] or "", field_lines, fields, is_reusable, is_chunked, length)
 
 
 def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, int]:
@@ -2254,7 +2253,8 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
 def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
     """Send a request through an opener, to its handlers' liking."""
     body: Any = call.request.body or None
-    fields = {**origin.fields, **dict(line.split(": ") for line in call.request.lines.splitlines())}  # urllib's way
+    own_fields = dict(line.split(": ") for line in call.request.lines.splitlines())
+    fields = {**origin.fields, **own_fields}
     url, method = origin.url + call.request.target, call.request.method
     request: Any = urllib.request.Request(url, body, fields, method=method)  # noqa: S310 - its scheme was checked
     request.host, request.selector = origin.next_hop, origin.prefix + call.request.target
@@ -2274,7 +2274,7 @@ def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -
 def _adopted(response: Any) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
     lines = [(name.lower(), value) for name, value in response.headers.items()]
-    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines), 200 <= response.code < 300))
+    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines)))
     if response.fp is not None:
         with response:
             adopted.content = response.read()

@@ -3833,7 +3833,7 @@ NO_FILES = [
     (answer("", "301 Moved Permanently", Location="/login"), 301, "redirects are not followed; Location: /login"),
     (answer(None, "204 No Content"), 204, "204 No Content is no whole file"),
     (answer("abc", "206 Partial Content", Content_Range="bytes 0-2/9"), 206, "206 Partial Content is no whole file"),
-    (answer(b"\x1f\x8b", Content_Encoding="GZip"), 200, "Content-Encoding 'GZip', which was not asked for"),
+    (answer(b"\x1f\x8b", Content_Encoding="GZip"), 200, "Content-Encoding 'gzip', which was not asked for"),
     (answer({"error": "file not found"}, "404 Not Found"), 404, "file not found"),
 ]
 
