@@ -202,10 +202,10 @@ def _texts(name: str, values: Any) -> tuple[str, ...]:
         if isinstance(values, (bytes, Mapping)):
             raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
-    if {*map(type, texts)} != {str}:  # nor here
-        for value in texts:
-            if not isinstance(value, str):
-                raise TypeError(f"each of {name} must be str, not {type(value).__name__}")
+    try:
+        "".join(texts)  # takes text only, and is faster than a loop
+    except TypeError:
+        [*_] = [_text(f"each of {name}", value) for value in texts]
     return texts
 
 
@@ -419,28 +419,28 @@ _JSON_STRING = json.encoder.encode_basestring  # a run's body of such takes a th
 
 
 def _json_array(texts: Iterable[str]) -> str:
-    return f"[{','.join(map(_JSON_STRING, texts))}]"
+    return f"[{','.join([_JSON_STRING(text) for text in texts])}]"
 
 
 def _run_request(
     image: Any, cmd: Any, env: Any, cwd: Any, limits: Any, files: Any, persist: Any, network: Any
 ) -> _Request:
     """Check and encode what makes up a RunRequest."""
-    members = [f'"image":{_JSON_STRING(_image(image))}', f'"cmd":{_json_array(_command(cmd))}']
+    text = f'{{"image":{_JSON_STRING(_image(image))},"cmd":{_json_array(_command(cmd))}'
     given = {} if limits is None else _limits(limits).to_dict()
     if env:
-        members.append(f'"env":{_json_array(_environment(env))}')
+        text += f',"env":{_json_array(_environment(env))}'
     if cwd is not None and _text("cwd", cwd):
-        members.append(f'"cwd":{_JSON_STRING(cwd)}')
+        text += f',"cwd":{_JSON_STRING(cwd)}'
     if given:
-        members.append(f'"limits":{json.dumps(given)}')
+        text += f',"limits":{json.dumps(given)}'
     if files:
-        members.append(f'"files":{_json_array(_files(files))}')
+        text += f',"files":{_json_array(_files(files))}'
     if persist:
-        members.append('"persist":true')
+        text += ',"persist":true'
     if network is not None and _text("network", network):
-        members.append(f'"network":{_JSON_STRING(network)}')
-    body = _utf8("run", f"{{{','.join(members)}}}")
+        text += f',"network":{_JSON_STRING(network)}'
+    body = _utf8("run", text + "}")
     lines = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     request = _Request("POST", "/run", lines, body)
     request.is_run, request.has_network = True, network not in (None, "", "none")
@@ -660,6 +660,7 @@ class _Head(NamedTuple):
     msg: str  # the reason phrase
     field_lines: Sequence[tuple[str, str]]  # names in lower case
     fields: Mapping[str, str]  # of several with one name, all: RFC 9110, section 5.3
+    is_success: bool
     is_reusable: bool = False  # another exchange may follow on the connection
     is_chunked: bool = False
     length: int = 0  # of the content; 0 if it is chunked; _ENDLESS: it goes on to the end of the connection
@@ -668,17 +669,23 @@ class _Head(NamedTuple):
 class _Response:
     """A final response: its head, and as much of its content as was wanted.
 
-    `code`, `msg` and `info()` are named as urllib's handlers have it.
+    `code`, `msg` and `info()` are what urllib's handlers look for.
     """
 
     content = b""
     is_cut = False  # the content was longer than the limit
 
     def __init__(self, head: _Head) -> None:
-        self.code = head.code
-        self.msg = head.msg
         self.head = head
-        self.is_success = 200 <= head.code < 300
+        self.is_success = head.is_success
+
+    @property
+    def code(self) -> int:
+        return self.head.code
+
+    @property
+    def msg(self) -> str:
+        return self.head.msg
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -1144,28 +1151,52 @@ class _Decoder:
     response: _Response = None  # type: ignore[assignment]  # until its head is there
     is_complete = is_reusable = False
     size = 0  # of the content that was decoded so far, in bytes
-    rest = b""  # what has arrived and is not decoded; within `feed` all that has arrived
-    _at = 0  # within `feed`: up to where that is decoded
-    _searched = 0  # how far from there a delimiter has been looked for
+    rest = b""  # what has arrived and is not decoded
+    _is_new = True  # nothing has arrived
+    _searched = 0  # how far into `rest` a delimiter has been looked for
     _left = 0  # bytes of the content, or of a chunk, that are still to come
     _content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
     _interim = 0  # responses before the final one
 
-    def __init__(self, method: str, content_limit: int) -> None:
-        self.is_file = content_limit == _ENDLESS
-        self._is_tunnel = method == "CONNECT"
+    def __init__(self, content_limit: int, is_tunnel: bool = False) -> None:
         self._limit = content_limit
-        # The step that comes next: it takes what it can, and tells whether another one may follow.
-        self._step: Callable[[_Decoder], bool] = _Decoder._take_head
+        self._is_tunnel = is_tunnel  # to be opened by a CONNECT
+        # What comes next: it takes what it can of some bytes from a position on, and returns where that ends.
+        self._step: Callable[[_Decoder, Any, int], int] = _Decoder._take_head
+
+    @property
+    def is_file(self) -> bool:
+        """The content is that of a file, of which there may be any amount."""
+        return self._limit == _ENDLESS
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Decode what arrived; a memoryview, which can be only in the midst of content of known length, is not kept."""
-        if self.rest:
+        """Decode what arrived; a memoryview, which is not kept, can be only of content that is not chunked."""
+        if self._is_new:
+            self._is_new = False
+            if self._take_all(data):
+                return
+        elif self.rest:
             data = b"".join((self.rest, data))
-        self.rest, self._at = data, 0  # type: ignore[assignment]
-        while self._step(self):
-            pass
-        self.rest = bytes(data[self._at :]) if self._at < len(data) else b""
+        at = 0
+        while not self.is_complete:
+            end = self._step(self, data, at)
+            if end == at:
+                break
+            at = end
+        self.rest = bytes(data[at:])
+
+    def _take_all(self, data: Any) -> bool:
+        """Take a successful response that has come as a whole, as nearly all do: it takes half of the steps' time."""
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or not data.startswith(b"HTTP/1."):
+            return False
+        head, content = _decoded_head(data[:end], self._is_tunnel), data[end + 4 :]
+        if not head.is_success or head.is_chunked or head.length != len(content):
+            return False
+        response = self.response = _Response(head)
+        response.content = content
+        self.is_reusable, self.is_complete = head.is_reusable, True
+        return True
 
     def end(self, clean: bool) -> None:
         """Decode the end of the connection."""
@@ -1173,107 +1204,102 @@ class _Decoder:
             raise _LostError("the connection ended within the head" if self.rest else "it closed before an answer came")
         if self.response.head.length != _ENDLESS or not clean:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
-        self._complete(self.response)
+        self._complete(b"")
 
-    def _complete(self, response: _Response, last: bytes | memoryview = b"") -> None:
+    def _complete(self, last: bytes | memoryview) -> None:
         if self._content is None:
-            response.content = bytes(last)  # most content comes at once
+            self.response.content = bytes(last)  # most content comes at once
         else:
             self._content.write(last)
-            response.content = self._content.getvalue()
+            self.response.content = self._content.getvalue()
         self.is_complete = True
 
-    def _take_head(self) -> bool:
+    def _take_head(self, data: bytes, at: int) -> int:
         """Take the head of a final response, or of an interim one, of which nothing is of use."""
-        if not self.rest.startswith(b"HTTP/1.", self._at):
-            begin = self.rest[self._at : self._at + 16]
-            if not b"HTTP/1.".startswith(begin[:7]):  # it has not just not all come yet
-                raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
-        data = self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")
-        if data is None:
-            return False
-        head = _decoded_head(data, self._is_tunnel)
-        if head.code < 200:
+        begin = data[at : at + 16]
+        if not b"HTTP/1.".startswith(begin[:7]):
+            raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
+        end = self._find(b"\r\n\r\n", data, at, _HEAD_LIMIT, "the head")
+        if end < 0:
+            return at
+        head = _decoded_head(data[at:end], self._is_tunnel)
+        if head.code >= 200:
+            self.response, self.is_reusable, self._left = _Response(head), head.is_reusable, head.length
+            if not head.is_success:
+                self._limit = _ERROR_LIMIT
+            self._step = _Decoder._take_chunk_head if head.is_chunked else _Decoder._take_content
+        elif head.code == 101:
+            raise _ProtocolError("it switched to another protocol, which was not asked for")
+        else:
             self._interim += 1
-            if head.code == 101:
-                raise _ProtocolError("it switched to another protocol, which was not asked for")
             if self._interim > _INTERIM_LIMIT:
                 raise _ProtocolError("there were too many interim answers")
-            return True
-        response = self.response = _Response(head)
-        self.is_reusable = head.is_reusable
-        if not response.is_success:
-            self._limit = _ERROR_LIMIT
-        self._left = head.length
-        self._step = _Decoder._take_chunk_head if head.is_chunked else _Decoder._take_content
-        return True
+        return end + 4
 
-    def _take_content(self) -> bool:
-        """Take content, or a chunk of it, as long as it is; stop at the limit."""
-        response = self.response
-        data = self.rest[self._at : self._at + self._left]
-        self._at += len(data)
-        self._left -= len(data)
-        room = self._limit - self.size
-        if len(data) > room:
-            data, response.is_cut, self.is_reusable = data[:room], True, False
-        self.size += len(data)
-        if response.is_cut or not (self._left or response.head.is_chunked):
-            self._complete(response, data)
-            return False
-        if data:
+    def _take_content(self, data: bytes | memoryview, at: int) -> int:
+        """Take what there is of content that has a length, or of a chunk; stop at the limit."""
+        piece = data[at : at + self._left]
+        size = len(piece)
+        self._left -= size
+        self.size += size
+        if self.size > self._limit:
+            piece, self.size = piece[: self._limit - self.size], self._limit  # without what is beyond it
+            self.response.is_cut, self.is_reusable = True, False
+            self._complete(piece)
+        elif self._left == 0 and not self.response.head.is_chunked:
+            self._complete(piece)
+        elif size:
             self._content = self._content or io.BytesIO()
-            self._content.write(data)
-        if self._left == 0:
-            self._step = _Decoder._take_chunk_end
-        return self._left == 0
+            self._content.write(piece)
+            if self._left == 0:
+                self._step = _Decoder._take_chunk_end
+        return at + size
 
-    def _take_chunk_head(self) -> bool:
-        line = self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
-        if line is None:
-            return False
-        match = _CHUNK_HEAD.fullmatch(line)
+    def _take_chunk_head(self, data: bytes, at: int) -> int:
+        end = self._find(b"\r\n", data, at, _CHUNK_HEAD_LIMIT, "a chunk's head")
+        if end < 0:
+            return at
+        match = _CHUNK_HEAD.fullmatch(data, at, end)
         if not match:
-            raise _ProtocolError(f"the size of a chunk is malformed: {line[:40]!r}")
+            raise _ProtocolError(f"the size of a chunk is malformed: {data[at:end][:40]!r}")
         self._left = int(match[1], 16)
         self._step = _Decoder._take_content if self._left else _Decoder._take_trailer
-        return True
+        return end + 2
 
-    def _take_chunk_end(self) -> bool:
-        if self._until(b"\r\n", 0, "the end of a chunk") is None:
-            return False
+    def _take_chunk_end(self, data: bytes, at: int) -> int:
+        if self._find(b"\r\n", data, at, 0, "the end of a chunk") < 0:
+            return at
         self._step = _Decoder._take_chunk_head
-        return True
+        return at + 2
 
-    def _take_trailer(self) -> bool:
+    def _take_trailer(self, data: bytes, at: int) -> int:
         """Take the trailer section, of which nothing is of use: it ends with an empty line."""
-        begin = self.rest[self._at : self._at + 2]
+        begin = data[at : at + 2]
         if begin in (b"", b"\r"):
-            return False
+            return at
         if begin == b"\r\n":
-            self._at += 2
-        else:
-            lines = self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
-            if lines is None:
-                return False
-            _decoded_fields(lines.decode("latin-1").split("\r\n"))
-        self._complete(self.response)
-        return False
+            self._complete(b"")
+            return at + 2
+        end = self._find(b"\r\n\r\n", data, at, _HEAD_LIMIT, "the trailer section")
+        if end < 0:
+            return at
+        _decoded_fields(data[at:end].decode("latin-1").split("\r\n"))
+        self._complete(b"")
+        return end + 4
 
-    def _until(self, delimiter: bytes, limit: int, what: str) -> bytes | None:
-        """Return what precedes a delimiter, and go past it; None if that is still to come."""
-        data, begin = self.rest, self._at
-        end = data.find(delimiter, begin + self._searched)
-        if begin <= end <= begin + limit:
-            self._at, self._searched = end + len(delimiter), 0
-            return data[begin:end]
-        searched = max(0, len(data) - len(delimiter) + 1 - begin)
-        if end >= 0 or searched > limit:
+    def _find(self, delimiter: bytes, data: bytes, at: int, limit: int, what: str) -> int:
+        """Return where a delimiter is; -1 if it is still to come."""
+        end = data.find(delimiter, at + self._searched, at + limit + len(delimiter))
+        if end >= 0:
+            self._searched = 0
+            return end
+        searched = max(0, len(data) - len(delimiter) + 1 - at)
+        if searched > limit:
             raise _ProtocolError(f"{what} is longer than {limit} bytes")
-        if _BARE_LF.search(data, begin + self._searched):
+        if _BARE_LF.search(data, at + self._searched):
             raise _ProtocolError(f"a line of {what} does not end with CRLF")
         self._searched = searched
-        return None
+        return -1
 
 
 # A server's heads differ in little, and within a second often in nothing. With this cache a head that was seen before
@@ -1292,7 +1318,7 @@ def _decoded_head(data: bytes, is_tunnel: bool) -> _Head:
     is_chunked, length = _framing(fields, is_old) if has_content else (False, 0)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
     is_reusable = length < _ENDLESS and not is_old and "close" not in options
-    return _Head(code, match[3] or "", field_lines, fields, is_reusable, is_chunked, length)
+    return _Head(code, match[3] or "", field_lines, fields, 200 <= code < 300, is_reusable, is_chunked, length)
 
 
 def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, int]:
@@ -1388,6 +1414,11 @@ class _Tls:
     def is_open(self) -> bool:
         return not self._has_ended and self.lost is None
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Nothing has begun to arrive."""
+        return self.is_open and not self.partial
+
     def _decrypted(self, data: bytes | memoryview | None) -> bytes:
         """Decrypt what arrived (None: before); it may come to nothing, as session tickets do."""
         if data:
@@ -1424,7 +1455,7 @@ class _Tls:
 
 _READ, _WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 
-# Bytes to receive at a time as long as no more come: then a _PIECE is received into room that is used again, since to
+# Bytes to receive at a time, unless more are to come: then a _PIECE is received into room that is used again, since to
 # get new memory from the system for each takes a fifth of the time of a large download.
 _SMALL_PIECE = 16 * 1024
 
@@ -1454,15 +1485,15 @@ class _Connection:
         self.idle_since = 0.0
         self.has_sent = False  # some of the request that is being exchanged
         self.lost: Exception | None = None  # why the connection ended, if not by a proper close
-        self._is_cut_short = False  # what was to be sent never was, since the connection was lost
+        self._is_cut_short = False  # some of a request was never sent: the connection was lost, or the answer early
         self._socket: socket.socket = None  # type: ignore[assignment]
         self._process = os.getpid()
         self._poll: Any = getattr(select, "poll", _SelectPoll)()
         self._watched = 0  # the events that it looks for
         self._unsent: bytes | memoryview = b""  # what was to be sent and is not yet, since the peer does not take it
-        self._is_sized = False  # content of known length is being received: in its midst a memoryview can be decoded
-        self._room: memoryview | None = None  # to receive it into
-        self._given = self._taken = 0  # bytes of an upload: given by this client, and taken by the peer
+        self._room: memoryview | None = None  # to receive content into, of which a memoryview can be decoded
+        self._given = 0  # bytes of an upload, so far
+        self._moved = 0  # bytes of a file that the peer had taken, or sent, when progress was last seen
         self._tls: _Tls | None = None
 
     def _make_socket(self, address: Any) -> None:
@@ -1494,8 +1525,12 @@ class _Connection:
         fields = {"Host": authority, "User-agent": _COMMON_FIELDS["User-agent"]}
         if route.authorization:
             fields["Proxy-authorization"] = route.authorization
-        decoder = _Decoder("CONNECT", _ERROR_LIMIT)
-        await self._converse(_encoded_head("CONNECT", authority, _encoded_fields(fields)), b"", decoder, self.move)
+        data = _encoded_head("CONNECT", authority, _encoded_fields(fields))
+        decoder = _Decoder(_ERROR_LIMIT, is_tunnel=True)
+        while not decoder.is_complete:
+            received = await self.move(data, True)
+            data = b""
+            decoder.feed(received) if received else decoder.end(clean=self.lost is None)
         response = decoder.response
         if not response.is_success:
             return response
@@ -1504,59 +1539,59 @@ class _Connection:
         return None
 
     async def exchange(self, head: bytes) -> _Response:
-        """Send a request and receive its response."""
-        request, tls = self.call.request, self._tls
-        self.has_sent = False
-        decoder = _Decoder(request.method, request.content_limit)
+        """Send a request until it is sent or answered, and receive its response."""
+        call, tls = self.call, self._tls
+        request, move = call.request, tls.move if tls else self.move
+        body, decoder = request.body, _Decoder(request.content_limit)
+        self.has_sent = call.is_sending = call.is_receiving = False
         try:
-            was_sent = await self._converse(head, request.body, decoder, tls.move if tls else self.move)
+            data = head + body if isinstance(body, bytes) else await self._upload(head, body, decoder, move)
+            while not decoder.is_complete:
+                if decoder.response is not None:
+                    self._see_content(decoder, decoder.response)
+                received = await move(data, True)
+                data = b""
+                decoder.feed(received) if received else decoder.end(clean=self._loss is None)
         except _ProtocolError as error:
             why = f" ({self._loss})" if self._loss else ""
             cause = self._loss or error.__cause__ or error
             raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from cause
-        response = decoder.response
-        if response.is_success and not was_sent:
+        was_sent, self._room = not (self._unsent or self._is_cut_short), None
+        if decoder.response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
-        is_at_rest = tls is None or (tls.is_open and not tls.partial)
-        self.is_reusable = was_sent and is_at_rest and decoder.is_reusable and not decoder.rest
-        return response
+        self.is_reusable = was_sent and decoder.is_reusable and not decoder.rest and (tls is None or tls.is_at_rest)
+        return decoder.response
 
     @property
     def _loss(self) -> Exception | None:
         return self.lost or (self._tls.lost if self._tls else None)
 
-    async def _converse(self, head: bytes, body: bytes | _Multipart, decoder: _Decoder, move: _Move) -> bool:
-        """Send a request until it is sent or answered, and receive the answer; return whether all of it was sent."""
-        call, upload, size = self.call, None, 0
-        data: bytes | memoryview
-        if isinstance(body, _Multipart):
-            upload, pieces = body, body.pieces(_PIECE if self._tls else _FILE_PIECE)  # TLS keeps room for two
-            data = head + next(pieces)
-            self._given, self._taken = len(data), 0
-        else:
-            data = head + body
-        call.is_sending, call.is_receiving = upload is not None, False
-        waits = upload is None  # there is nothing more to send
-        while True:
-            received = await move(data, waits)
+    async def _upload(self, head: bytes, upload: _Multipart, decoder: _Decoder, move: _Move) -> bytes | memoryview:
+        """Send a request up to its last piece, which is returned, or until its answer comes."""
+        pieces = upload.pieces(_PIECE if self._tls else _FILE_PIECE)  # TLS keeps room for two
+        data: bytes | memoryview = head + next(pieces)
+        self._given, self._moved, self.call.is_sending = len(data), 0, True
+        while decoder.response is None and not upload.is_given:
+            received = await move(data, False)
             data = b""
             if received is not None:
                 decoder.feed(received) if received else decoder.end(clean=self._loss is None)
-                if decoder.is_complete:
-                    break
-            response = decoder.response
-            if response is not None:
-                waits, call.is_sending, self._is_sized = True, False, 0 < response.head.length < _ENDLESS
-                if decoder.is_file and response.is_success and (not call.is_receiving or decoder.size > size):
-                    call.is_receiving, size = True, decoder.size
-                    call.moved()
-            elif upload is not None and not (waits or self._unsent):
+            elif not self._unsent:
                 data = await self.next_piece(upload, pieces)
-                waits = upload.is_given
                 self._given += len(data)
-        self._is_sized, self._room = False, None  # which an idle connection does not need
-        return not (self._unsent or self._is_cut_short) and (upload is None or upload.is_given)
+        self._is_cut_short = self._is_cut_short or not upload.is_given
+        return data
+
+    def _see_content(self, decoder: _Decoder, response: _Response) -> None:
+        """Get ready for the rest of a response; push the deadline back if more of a file has arrived."""
+        call, left = self.call, response.head.length - decoder.size
+        call.is_sending = False
+        if left > _SMALL_PIECE and self._room is None:
+            self._room = memoryview(bytearray(min(left, _PIECE)))
+        if decoder.is_file and (not call.is_receiving or decoder.size > self._moved):
+            call.is_receiving, self._moved = True, decoder.size
+            call.moved()
 
     async def move(self, data: bytes | memoryview, waits: bool) -> bytes | memoryview | None:
         """Send bytes, and those that are still unsent; return what arrives. It is never empty but at the end: b"".
@@ -1566,10 +1601,11 @@ class _Connection:
         """
         if data:
             self._send(b"".join((self._unsent, data)) if self._unsent else data)
+        call = self.call
         while True:
-            if self.call.is_sending:
+            if call.is_sending:
                 self._see_progress()
-            seconds = self.call.seconds_to_wait(self.peer)
+            seconds = call.seconds_to_wait(self.peer)
             if self.lost:
                 return self._receive() or b""  # nothing more arrives than has
             if waits or self._unsent:
@@ -1583,8 +1619,8 @@ class _Connection:
     def _see_progress(self) -> None:
         """Push the deadline back if the peer has taken some more of an upload."""
         taken = self._given - len(self._unsent) - _in_transit(self._socket)
-        if taken > self._taken:
-            self._taken = taken
+        if taken > self._moved:
+            self._moved = taken
             self.call.moved()
 
     def _send(self, data: bytes | memoryview) -> None:
@@ -1604,28 +1640,25 @@ class _Connection:
     def _receive(self) -> bytes | memoryview | None:
         """Return what has arrived, or None if nothing has."""
         try:
-            if self._room is not None:
-                return self._room[: self._socket.recv_into(self._room)]
-            received: bytes = self._socket.recv(_SMALL_PIECE)
-            if self._is_sized and len(received) == _SMALL_PIECE:
-                self._room = memoryview(bytearray(_PIECE))
-            return received
+            if self._room is None:
+                return self._socket.recv(_SMALL_PIECE)
+            return self._room[: self._socket.recv_into(self._room)]
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
             self.lost = self.lost or error
             return b""
 
-    def _is_ready(self, events: int, seconds: float) -> bool:
-        """Wait for so many seconds, or until the socket can be read, or written to, or has failed."""
+    def _events(self, events: int, seconds: float) -> Any:
+        """Wait for so many seconds, or until the socket can be read, or written to, or has failed: then return that."""
         if events != self._watched:
             self._watched = events
             self._poll.register(self._socket, events)
-        return bool(self._poll.poll(1000 * seconds))
+        return self._poll.poll(1000 * seconds)
 
     def is_quiet(self) -> bool:
         """Tell whether the connection is open, and nothing has arrived on it."""
-        return self._socket.fileno() >= 0 and not self._is_ready(_READ, 0)
+        return self._socket.fileno() >= 0 and not self._events(_READ, 0)
 
     def close(self) -> None:
         """Close the connection at once, if it is open; in a forked child, just its copy: its parent goes on with it."""
@@ -1684,7 +1717,8 @@ class _Pool(Generic[_C]):
         self.is_closed = False
         self._size = size
         self._lock = threading.RLock()  # a Lock but for `mend`
-        self._idle: dict[_Route, dict[_C, None]] = {}  # sets, the one that was used last at the end
+        # Sets of connections, the one that was used last at the end.
+        self._idle: dict[_Route, dict[_C, None]] = collections.defaultdict(dict)
         self._busy: dict[_Call, _C | None] = {}  # the calls that may have a connection, with the one that they have
         self._waiting: collections.OrderedDict[_Call, Any] = collections.OrderedDict()  # the others, with their turns
         self._pausing: set[_Call] = set()  # between two tries
@@ -1692,15 +1726,10 @@ class _Pool(Generic[_C]):
     async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
-            turn = None
-            with self._lock:  # one more connection may be in use, or the call waits: first come, first served
-                if len(self._busy) < self._size:
-                    self._busy[call] = None
-                else:
-                    turn = self._waiting[call] = self._new_bell()
+            connection, turn = self._take(route, call)
             if turn is not None:
                 await self._wait_for_turn(turn, call)
-            connection = self._take(route, call)
+                connection, _ = self._take(route, call)
             if connection is not None:
                 try:
                     return await connection.exchange(head)
@@ -1728,7 +1757,6 @@ class _Pool(Generic[_C]):
 
     def leave(self, call: _Call) -> None:
         """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""
-        call.abort = None
         with self._lock:
             connection = self._busy.get(call)
             if connection is not None and connection.call is call:
@@ -1763,28 +1791,32 @@ class _Pool(Generic[_C]):
 
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close one that has been idle for too long."""
-        idle = self._idle.setdefault(connection.route, {})
+        idle = self._idle[connection.route]
         connection.idle_since = time.monotonic()
         idle[connection] = None
-        oldest = next(iter(idle))
-        if oldest.idle_since < connection.idle_since - _IDLE_LIMIT:
-            oldest.close()
-            del idle[oldest]
+        if len(idle) > 1:
+            oldest = next(iter(idle))
+            if oldest.idle_since < connection.idle_since - _IDLE_LIMIT:
+                oldest.close()
+                del idle[oldest]
 
-    def _take(self, route: _Route, call: _Call) -> _C | None:
-        """Return an idle connection that is fit for use."""
-        oldest = time.monotonic() - _IDLE_LIMIT
+    def _take(self, route: _Route, call: _Call) -> tuple[_C | None, Any]:
+        """Let a call have a connection; return an idle one that is fit for use, if any, or else a turn to wait for."""
         while True:
             with self._lock:
-                idle = self._idle.get(route)
+                if len(self._busy) >= self._size and call not in self._busy:
+                    turn = self._waiting[call] = self._new_bell()  # first come, first served
+                    return None, turn
+                idle = self._idle[route]
                 if not idle or self.is_closed:
-                    return None
+                    self._busy[call] = None
+                    return None, None
                 connection = next(reversed(idle))
                 connection.is_reusable = False
                 self._hold(call, connection)
                 del idle[connection]
-            if connection.idle_since > oldest and connection.is_quiet():
-                return connection
+            if time.monotonic() < connection.idle_since + _IDLE_LIMIT and connection.is_quiet():
+                return connection, None
             connection.close()
 
     def _hold(self, call: _Call, connection: _C) -> None:
@@ -1983,7 +2015,7 @@ class _SyncConnection(_Connection):
         self._make_socket(address)
         with contextlib.suppress(BlockingIOError):
             self._socket.connect(address[4])
-        if self.lost is None and not self._is_ready(_WRITE, max(0.001, seconds)):
+        if self.lost is None and not self._events(_WRITE, max(0.001, seconds)):
             raise socket.timeout("timed out")
         if self.lost is not None:  # by an `abort` that was too early to shut anything down, say
             raise self.lost
@@ -1992,7 +2024,7 @@ class _SyncConnection(_Connection):
             raise OSError(error, os.strerror(error))
 
     async def _arrival(self, seconds: float) -> bytes | memoryview | None:
-        return self._receive() if self._is_ready(_READ | _WRITE if self._unsent else _READ, seconds) else None
+        return self._receive() if self._events(_READ | _WRITE if self._unsent else _READ, seconds) else None
 
     async def next_piece(self, upload: _Multipart, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
         return next(pieces)
@@ -2274,7 +2306,8 @@ def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -
 def _adopted(response: Any) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
     lines = [(name.lower(), value) for name, value in response.headers.items()]
-    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines)))
+    is_success = 200 <= response.code < 300
+    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines), is_success))
     if response.fp is not None:
         with response:
             adopted.content = response.read()

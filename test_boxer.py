@@ -8441,8 +8441,8 @@ def test_a_run_on_a_kept_connection_takes_few_function_calls(client_of: Clients)
         client.run("image", ["true"])
         with Counting() as counting:
             client.run("image", ["true"])
-    # It takes 47; with asyncio, those of the loop that is started and stopped for it come on top.
-    assert counting.calls <= (50 if client_of.kind == "sync" else 135)
+    # It takes 43; with asyncio, those of the loop that is started and stopped for it come on top.
+    assert counting.calls <= (46 if client_of.kind == "sync" else 126)
 
 
 def test_a_handshake_that_does_not_come_is_waited_for_idly(client_of: Clients) -> None:
