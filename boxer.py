@@ -1585,10 +1585,10 @@ class _Connection:
 
     def _see_content(self, decoder: _Decoder, response: _Response) -> None:
         """Get ready for the rest of a response; push the deadline back if more of a file has arrived."""
-        call, left = self.call, response.head.length - decoder.size
+        call, length = self.call, response.head.length
         call.is_sending = False
-        if left > _SMALL_PIECE and self._room is None:
-            self._room = memoryview(bytearray(min(left, _PIECE)))
+        if self._room is None and decoder.size + _SMALL_PIECE < length < _ENDLESS:
+            self._room = memoryview(bytearray(min(length - decoder.size, _PIECE)))
         if decoder.is_file and (not call.is_receiving or decoder.size > self._moved):
             call.is_receiving, self._moved = True, decoder.size
             call.moved()
