@@ -205,7 +205,8 @@ def _texts(name: str, values: Any) -> tuple[str, ...]:
     try:
         "".join(texts)  # takes text only, and is faster than a loop
     except TypeError:
-        [*_] = [_text(f"each of {name}", value) for value in texts]
+        kind = next(type(value).__name__ for value in texts if not isinstance(value, str))
+        raise TypeError(f"each of {name} must be str, not {kind}") from None
     return texts
 
 
@@ -1010,7 +1011,7 @@ class _Call:
 
     def break_off(self) -> None:
         """End what the call is at."""
-        abort = self.abort  # another thread may be about to set it to None
+        abort = self.abort  # another thread may be about to set another one, or None
         if abort is not None:
             abort(self)
 
@@ -1150,10 +1151,10 @@ class _Decoder:
 
     response: _Response = None  # type: ignore[assignment]  # until its head is there
     is_complete = is_reusable = False
-    size = 0  # of the content that was decoded so far, in bytes
+    size = 0  # of the content that was decoded so far, in bytes; 0 if all came at once
     rest = b""  # what has arrived and is not decoded
     _is_new = True  # nothing has arrived
-    _searched = 0  # how far into `rest` a delimiter has been looked for
+    _searched = 0  # how far into what is not decoded a delimiter has been looked for
     _left = 0  # bytes of the content, or of a chunk, that are still to come
     _content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
     _interim = 0  # responses before the final one
@@ -1186,12 +1187,12 @@ class _Decoder:
         self.rest = bytes(data[at:])
 
     def _take_all(self, data: Any) -> bool:
-        """Take a successful response that has come as a whole, as nearly all do: it takes half of the steps' time."""
+        """Take a successful response that has come as a whole, as nearly all do, in half of the time of the steps."""
         end = data.find(b"\r\n\r\n")
-        if end < 0 or not data.startswith(b"HTTP/1."):
+        if not (0 <= end <= _HEAD_LIMIT and data.startswith(b"HTTP/1.")):
             return False
         head, content = _decoded_head(data[:end], self._is_tunnel), data[end + 4 :]
-        if not head.is_success or head.is_chunked or head.length != len(content):
+        if not head.is_success or head.is_chunked or not head.length == len(content) <= self._limit:
             return False
         response = self.response = _Response(head)
         response.content = content
@@ -1455,8 +1456,8 @@ class _Tls:
 
 _READ, _WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
 
-# Bytes to receive at a time, unless more are to come: then a _PIECE is received into room that is used again, since to
-# get new memory from the system for each takes a fifth of the time of a large download.
+# Bytes to receive at a time, unless more are to come: then up to a _PIECE is received into room that is used again,
+# since to get new memory from the system for each takes a fifth of the time of a large download.
 _SMALL_PIECE = 16 * 1024
 
 
@@ -1548,7 +1549,7 @@ class _Connection:
             data = head + body if isinstance(body, bytes) else await self._upload(head, body, decoder, move)
             while not decoder.is_complete:
                 if decoder.response is not None:
-                    self._see_content(decoder, decoder.response)
+                    self._see_content(decoder)
                 received = await move(data, True)
                 data = b""
                 decoder.feed(received) if received else decoder.end(clean=self._loss is None)
@@ -1556,7 +1557,8 @@ class _Connection:
             why = f" ({self._loss})" if self._loss else ""
             cause = self._loss or error.__cause__ or error
             raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from cause
-        was_sent, self._room = not (self._unsent or self._is_cut_short), None
+        self._room = None  # which an idle connection does not need
+        was_sent = not (self._unsent or self._is_cut_short)
         if decoder.response.is_success and not was_sent:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
@@ -1583,11 +1585,11 @@ class _Connection:
         self._is_cut_short = self._is_cut_short or not upload.is_given
         return data
 
-    def _see_content(self, decoder: _Decoder, response: _Response) -> None:
+    def _see_content(self, decoder: _Decoder) -> None:
         """Get ready for the rest of a response; push the deadline back if more of a file has arrived."""
-        call, length = self.call, response.head.length
-        call.is_sending = False
-        if self._room is None and decoder.size + _SMALL_PIECE < length < _ENDLESS:
+        call, response = self.call, decoder.response
+        call.is_sending, length = False, response.head.length
+        if self._room is None and response.is_success and decoder.size + _SMALL_PIECE < length < _ENDLESS:
             self._room = memoryview(bytearray(min(length - decoder.size, _PIECE)))
         if decoder.is_file and (not call.is_receiving or decoder.size > self._moved):
             call.is_receiving, self._moved = True, decoder.size
@@ -1649,12 +1651,12 @@ class _Connection:
             self.lost = self.lost or error
             return b""
 
-    def _events(self, events: int, seconds: float) -> Any:
-        """Wait for so many seconds, or until the socket can be read, or written to, or has failed: then return that."""
+    def _events(self, events: int, seconds: float) -> list[Any]:
+        """Wait until the socket can be read, or written to, or has failed; return nothing if it did not come to it."""
         if events != self._watched:
             self._watched = events
             self._poll.register(self._socket, events)
-        return self._poll.poll(1000 * seconds)
+        return self._poll.poll(1000 * seconds)  # type: ignore[no-any-return]
 
     def is_quiet(self) -> bool:
         """Tell whether the connection is open, and nothing has arrived on it."""
@@ -1707,7 +1709,7 @@ _IDLE_LIMIT = 4.0
 
 
 class _Pool(Generic[_C]):
-    """The connections of a client: those that are idle, by route, and those in use, each by one call.
+    """The connections of a client: those that are idle, and those in use, each by one call.
 
     An interrupt may come between any two steps of what the blocking client does. So what a call has, or waits for,
     stands in these tables before it is had; `leave` and `pause` give it back, and if they were broken off, `mend` does.
@@ -1717,8 +1719,7 @@ class _Pool(Generic[_C]):
         self.is_closed = False
         self._size = size
         self._lock = threading.RLock()  # a Lock but for `mend`
-        # Sets of connections, the one that was used last at the end.
-        self._idle: dict[_Route, dict[_C, None]] = collections.defaultdict(dict)
+        self._idle: dict[_C, None] = {}  # a set, the one that was used last at the end
         self._busy: dict[_Call, _C | None] = {}  # the calls that may have a connection, with the one that they have
         self._waiting: collections.OrderedDict[_Call, Any] = collections.OrderedDict()  # the others, with their turns
         self._pausing: set[_Call] = set()  # between two tries
@@ -1791,30 +1792,34 @@ class _Pool(Generic[_C]):
 
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close one that has been idle for too long."""
-        idle = self._idle[connection.route]
         connection.idle_since = time.monotonic()
-        idle[connection] = None
-        if len(idle) > 1:
-            oldest = next(iter(idle))
-            if oldest.idle_since < connection.idle_since - _IDLE_LIMIT:
-                oldest.close()
-                del idle[oldest]
+        self._idle[connection] = None
+        if len(self._idle) > 1 and next(iter(self._idle)).idle_since < connection.idle_since - _IDLE_LIMIT:
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        oldest = next(iter(self._idle))
+        oldest.close()
+        del self._idle[oldest]
 
     def _take(self, route: _Route, call: _Call) -> tuple[_C | None, Any]:
-        """Let a call have a connection; return an idle one that is fit for use, if any, or else a turn to wait for."""
+        """Return an idle connection that is fit for use, or a turn to wait for; if neither, the call may connect."""
         while True:
             with self._lock:
                 if len(self._busy) >= self._size and call not in self._busy:
                     turn = self._waiting[call] = self._new_bell()  # first come, first served
                     return None, turn
-                idle = self._idle[route]
-                if not idle or self.is_closed:
+                for connection in reversed(self._idle):
+                    if connection.route == route:
+                        break
+                else:
                     self._busy[call] = None
+                    if len(self._idle) + len(self._busy) > self._size:  # with connections of other routes
+                        self._close_oldest()
                     return None, None
-                connection = next(reversed(idle))
                 connection.is_reusable = False
                 self._hold(call, connection)
-                del idle[connection]
+                del self._idle[connection]
             if time.monotonic() < connection.idle_since + _IDLE_LIMIT and connection.is_quiet():
                 return connection, None
             connection.close()
@@ -1828,7 +1833,7 @@ class _Pool(Generic[_C]):
         """Abort a call's connection, if it still is the call's."""
         with self._lock:
             connection = self._busy.get(call)
-            if connection is not None:  # pragma: no branch - it has just been given back, in another thread
+            if connection is not None:  # pragma: no branch - the call may have none yet, or not any more
                 connection.abort()
 
     def _stopped(self, call: _Call, peer: str) -> BoxerError:
@@ -1876,9 +1881,8 @@ class _Pool(Generic[_C]):
         """Close what is idle, and break off what is going on."""
         with self._lock:
             self.is_closed = True
-            for idle in self._idle.values():
-                for connection in idle:
-                    connection.close()
+            for connection in self._idle:
+                connection.close()
             self._idle.clear()
             calls = [*self._busy, *self._waiting, *self._pausing]
         for call in calls:
@@ -1886,7 +1890,7 @@ class _Pool(Generic[_C]):
 
     def leave_to_parent(self) -> None:
         """Close a forked child's copies of the connections; a thread that is not there may hold the lock."""
-        for connection in filter(None, (*self._busy.values(), *itertools.chain.from_iterable(self._idle.values()))):
+        for connection in filter(None, (*self._busy.values(), *self._idle)):
             connection.close()
 
     # What blocks in one client and awaits in the other.

@@ -7656,6 +7656,29 @@ def test_a_handler_may_add_a_field_but_not_a_line() -> None:
         client.health()
 
 
+class Elsewhere(urllib.request.BaseHandler):
+    """Sends each request to another server, as if it were a proxy of its own."""
+
+    def __init__(self, *authorities: str) -> None:
+        self.authorities = iter(authorities)
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        request.host = next(self.authorities)
+        return request
+
+
+def test_idle_connections_to_several_servers_are_no_more_than_there_may_be() -> None:
+    is_closed = threading.Event()
+    first = Peer([[Do.REQUEST, WELL, Do.DRAIN, lambda _: is_closed.set()]])
+    with first, Peer.answering(WELL, WELL, WELL) as second:
+        elsewhere = Elsewhere(first.authority, *[second.authority] * 3)
+        with BoxerClient(first.url, handlers=[elsewhere], max_connections=1) as client:
+            assert client.health() and client.health()
+            assert is_closed.wait(30)
+            assert client.health() and client.health()
+    assert second.connections == 1
+
+
 def test_a_handler_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"urllib\.request\.BaseHandler"):
         BoxerClient(handlers=[object()])  # type: ignore[list-item]
@@ -8462,6 +8485,17 @@ def test_the_rest_of_an_early_answer_is_waited_for_idly(client_of: Clients) -> N
             error = outcome(client, upload(bytes(LONG)))
     assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.3 s"))
     assert counting.calls < 2000
+
+
+def test_a_connection_is_not_used_again_when_more_came_than_large_content(client_of: Clients) -> None:
+    """The rest comes with the content's last bytes, and is not received with them."""
+    content = bytes(60_000)
+    with Host(lambda request: [answer(content) + b"more"] if "files" in request.line else [WELL]) as host:
+        client = client_of(host.url)
+        assert client.download_file("large") == content
+        assert client.health()
+        assert client.download_file("large") == content
+    assert host.connections == 2
 
 
 def test_an_idle_connection_is_closed_when_its_server_has_closed_it() -> None:
