@@ -2364,7 +2364,7 @@ def _in_threads(work: Callable[[], None], count: int, end: Callable[[], None]) -
     except BaseException:
         end()
         for thread in threads:
-            if thread.ident is not None:  # it was started
+            if thread.is_alive():  # one that has yet to begin will find nothing to do
                 thread.join()
         raise
 
