@@ -4226,7 +4226,9 @@ def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients
     assert not stuck.is_set()
 
 
-def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(many: Path, is_pausing: threading.Event) -> None:
+def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(
+    many: Path, is_pausing: threading.Event, interrupts: Interrupts
+) -> None:
     def interrupt() -> None:
         is_pausing.wait(30)
         if not interrupts(is_over):
@@ -4572,16 +4574,35 @@ class _Alike(collections.abc.Sequence[Any]):
         return [self.host.serve, Do.FIN]
 
 
-def interrupts(is_over: threading.Event) -> bool:
-    """Interrupt the main thread, until it says that it was; return False if it never does.
+Interrupts = Callable[[threading.Event], bool]
 
-    It may take two: one that falls just before a wait begins is seen by Python when the wait ends.
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Interrupt the main thread, until an event says that it was; return False if that never comes.
+
+    It is interrupted once, by as many signals as it takes: one that falls just before a wait begins is seen by Python
+    when the wait ends, and one that falls within it ends it.
     """
-    for _ in range(2):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        if is_over.wait(5):
-            return True
-    return False
+    if not hasattr(signal, "pthread_kill"):
+        pytest.skip("this system cannot interrupt a thread")
+    is_new = True
+
+    def interrupt_once(*_: object) -> None:
+        nonlocal is_new
+        if is_new:
+            is_new = False
+            raise KeyboardInterrupt
+
+    def interrupt(is_over: threading.Event) -> bool:
+        end = time.monotonic() + 5
+        while not is_over.wait(0.01) and time.monotonic() < end:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return is_over.is_set()
+
+    before = signal.signal(signal.SIGINT, interrupt_once)
+    yield interrupt
+    signal.signal(signal.SIGINT, before)
 
 
 class Clock:
@@ -6423,9 +6444,8 @@ def test_a_cancelled_run_is_killed(how: str) -> None:
         asyncio.run(main())
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
 @pytest.mark.parametrize("call", [RUN_IT, DOWNLOAD, LARGE], ids=["run", "download", "upload"])
-def test_an_interrupted_call_closes_its_connection(call: Call) -> None:
+def test_an_interrupted_call_closes_its_connection(call: Call, interrupts: Interrupts) -> None:
     is_over = threading.Event()
     half: list[Any] = [answer("abc")[:-1]] if call is DOWNLOAD else []
     script = [[Do.HEAD, *half, lambda _: interrupts(is_over), Do.DRAIN], [Do.REQUEST, WELL]]
@@ -6574,8 +6594,9 @@ def is_pausing() -> Iterator[threading.Event]:
     log.removeHandler(alarm)
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot interrupt a thread")
-def test_a_call_can_be_broken_off_while_it_pauses(client_of: Clients, is_pausing: threading.Event) -> None:
+def test_a_call_can_be_broken_off_while_it_pauses(
+    client_of: Clients, is_pausing: threading.Event, interrupts: Interrupts
+) -> None:
     def interrupt() -> None:
         is_pausing.wait(30)
         interrupts(is_over)
