@@ -6544,18 +6544,19 @@ def test_a_client_stays_whole_wherever_a_call_is_interrupted(
 
 def test_a_folder_may_be_interrupted_while_a_thread_of_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a thread has not told anybody yet that it has begun, which threads of Python do by an Event."""
-    main, is_over, tell = threading.get_ident(), threading.Lock(), threading.Event.set
+    main, interrupting, tell = threading.get_ident(), threading.Lock(), threading.Event.set
 
     def tell_late(event: threading.Event) -> None:
-        with contextlib.nullcontext() if threading.get_ident() == main else is_over:
+        with contextlib.nullcontext() if threading.get_ident() == main else interrupting:
             tell(event)
 
     def be_interrupted(_: threading.Event, timeout: float | None = None) -> bool:
+        end = time.monotonic() + 10
         while not any(thread.ident and not thread.is_alive() for thread in threading.enumerate()):
-            pass
+            assert time.monotonic() < end, "no thread starts"
         raise KeyboardInterrupt
 
-    with Peer([]) as peer, BoxerClient(peer.url) as client, monkeypatch.context() as patch, is_over:
+    with Peer([]) as peer, BoxerClient(peer.url) as client, monkeypatch.context() as patch, interrupting:
         patch.setattr(threading.Event, "set", tell_late)
         patch.setattr(threading.Event, "wait", be_interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -6601,10 +6602,11 @@ def test_a_call_can_be_broken_off_while_it_pauses(
         is_pausing.wait(30)
         interrupts(is_over)
 
-    is_over, interrupting = threading.Event(), threading.Thread(target=interrupt)
+    is_over = threading.Event()
     with Peer.answering(failing("429 Slow Down", Retry_After="60"), WELL) as peer:
         client = client_of(peer.url, max_connections=1)
         if client_of.kind == "sync":
+            interrupting = threading.Thread(target=interrupt)
             interrupting.start()
             with pytest.raises(KeyboardInterrupt):
                 client.run("image", ["true"])
