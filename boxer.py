@@ -10,70 +10,76 @@ This file is the whole client. It needs nothing but Python 3.9 or later: copy it
 package `boxer-sdk`, which holds this same file. There are two clients with the same methods: `BoxerClient` blocks,
 and any number of threads may share one; `AsyncBoxerClient` is for asyncio.
 
-The sections, each of which builds on those above it (and raises what Errors defines):
+The sections, each of which builds on those above it:
 
+    Limits         every size, count and time that bounds something
     Data           what is asked for and what comes back; the names of the JSON
     Errors         the tree of exceptions, and which status code becomes which
-    Requests       a builder for each endpoint: checks, JSON, multipart
-    Responses      an interpreter for each endpoint: a value or the right error
-    Policy         base URL, proxy, deadline, and what may be sent again
-    Wire           HTTP/1.1 and TLS as state machines over bytes
-    Both clients   what is said over a connection, a pool of them, and the tries of a call
-    Sync client    waits for a socket by poll(); and urllib's opener for those who add handlers to it
-    Async client   waits for a socket by asyncio's event loop
+    Requests       one builder for each endpoint: checks, JSON, multipart
+    Responses      one interpreter for each endpoint: a value or the right error
+    Policy         base URL and proxy, deadlines, cancellation, and what is tried again
+    Wire           HTTP/1.1 as a state machine over bytes: encode a request's head, decode a response
+    Both clients   what is said over a connection, the pool of connections, and the tries of a call
+    Sync client    a connection over a socket, and the handler for a urllib.request opener that drives it
+    Async client   a connection over asyncio's StreamReader and StreamWriter
 
-What is above the clients makes every decision once, in coroutines. The seam is `_Connection._arrival`, and a few more
-leaves like it (`_Connection.connect`, `_Pool._pause`): in AsyncBoxerClient they wait, in BoxerClient they block
-instead, so that its coroutines end at their first step (`_now`). The clients differ in nothing else.
+How one text serves both clients: every decision is made once, in coroutines. What they await is a connection's few
+verbs (`connect`, `start_tls`, `drain`, `receive`) and a few of the pool's (`addresses`, `pause`, ...). In
+AsyncBoxerClient those verbs wait on the event loop. In BoxerClient they block and return, so that one step runs a
+whole coroutine to its end (`_run_to_completion`).
 """
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import asyncio
 import binascii
+import calendar  # noqa: F401 - email.utils imports it in a call, and then a fork may interrupt that
 import collections
 import contextlib
 import copy
-import functools
+import email.message
+import email.utils
+import encodings.idna  # noqa: F401 - a name look-up needs it; imported here, since a fork may interrupt a later import
+import enum
+import errno
 import html
 import io
-import itertools
 import json
 import logging
 import math
-import operator
 import os
 import queue
 import random
 import re
 import select
 import socket
+import ssl
 import stat
-import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
+import urllib.response
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, Union
-
-# Nearly half of the time to import this file would be theirs: see `_load`.
-if TYPE_CHECKING:
-    import asyncio
-    import email.message
-    import email.utils
-    import ssl
-    import urllib.error
-    import urllib.request
-
-try:
-    import fcntl
-    import termios
-except ImportError:  # pragma: no cover - as on Windows
-    fcntl = termios = None  # type: ignore[assignment]
+from typing import IO, Any, Generic, NamedTuple, Optional, TypeVar, Union, cast
 
 __version__ = "1.0.0"
 
@@ -94,19 +100,56 @@ __all__ = [
 
 _LOG = logging.getLogger("boxer")
 _T = TypeVar("_T")
-_C = TypeVar("_C", bound="_Connection")
 
 
-def _load(*modules: str) -> None:
-    """Import what a client needs, itself or in what it calls: when it is made, and not when it is used.
+class _Default(enum.Enum):
+    """The default of a parameter for which None has a meaning of its own."""
 
-    For a child that is forked while another thread imports a module waits for it in vain.
-    """
-    globals().update({module.partition(".")[0]: __import__(module) for module in modules})
+    CLIENT = "the client's own setting"
+
+    def __repr__(self) -> str:
+        return "<the client's own>"
 
 
-# What a file's content may be given as.
+_CLIENTS_OWN = _Default.CLIENT
+
+# What parameters may be given as.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
+Environment = Union[Mapping[str, str], Iterable[str]]
+Limits = Union["ResourceLimits", Mapping[str, Any]]
+Timeout = Union[float, None, _Default]
+
+_Piece = Union[bytes, memoryview]  # of a request's body
+_LocalFile = tuple[Path, str]  # that is uploaded, and its remote path
+
+
+# ---- Limits ----------------------------------------------------------------------------------------------------------
+
+# Of a request.
+_PIECE = 1024 * 1024  # bytes of content that are read from a file, and sent, at a time
+_UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
+
+# Of a response.
+_RECEIVE_SIZE = 64 * 1024  # bytes to receive at a time; a TLS record, of at most 16 KiB, has to fit in
+_HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
+_FIELD_LIMIT = 100  # fields of a head, or of a trailer section
+_INTERIM_LIMIT = 20  # 1xx responses before the final one
+_HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
+_CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
+_ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
+_ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
+_REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
+
+# Of time, in seconds.
+_LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
+_ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
+_IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
+_KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
+_TIMER_STEP = 0.002  # by which a timer may ring early
+_LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
+
+# Of tries.
+_RACE_TRIES = 15  # after the server lost an output: one try in three meets that, so one call in 10^7 uses up 15
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -119,24 +162,24 @@ class ResourceLimits:
     cpu_cores: processors, may be a fraction (the server's default, unless configured otherwise: 1.0).
     memory_mb: memory in MiB (256).
     pids_limit: processes and threads (64).
-    wall_clock_secs: seconds from the start of the program to its end by force (30).
+    wall_clock_secs: seconds until a program that still runs is killed (30).
     nofile: open file descriptors of a process (256).
 
     Raises BoxerValidationError for a limit that is negative, not finite, or not a number; all but `cpu_cores` are
     whole numbers. In its usual Docker set-up a server enforces the wall clock and `nofile` only.
     """
 
-    cpu_cores: float | None = None
-    memory_mb: int | None = None
-    pids_limit: int | None = None
-    wall_clock_secs: int | None = None
-    nofile: int | None = None
+    cpu_cores: Optional[float] = None
+    memory_mb: Optional[int] = None
+    pids_limit: Optional[int] = None
+    wall_clock_secs: Optional[int] = None
+    nofile: Optional[int] = None
 
     def __post_init__(self) -> None:
         self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the limits that were given, by their JSON names, checked again since they may have been changed."""
+        """Return the limits that are set, by their JSON names; they are checked again, since they can be changed."""
         values = ((name, getattr(self, name)) for name in ResourceLimits.__dataclass_fields__)
         return {name: _checked_limit(name, value) for name, value in values if value is not None}
 
@@ -149,13 +192,13 @@ def _checked_limit(name: str, value: Any) -> float:
     if isinstance(value, bool) or not is_number:
         raise BoxerValidationError(f"{name} must be a {'whole' if is_whole else 'finite'} number, not {value!r}")
     if not 0 <= value < 2**63:
-        raise BoxerValidationError(f"{name} must be from 0 (the default) to 2**63 - 1")
-    return value  # type: ignore[no-any-return]  # a number, as was just checked
+        raise BoxerValidationError(f"{name} must be from 0 (the server's default) to 2**63 - 1")
+    return value  # type: ignore[no-any-return]  # checked above
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked to do, to be kept, compared or shown, and done by `client.run(**vars(request))`.
+    """What a run is asked to do: to keep, compare or show, and to send with `client.run(**vars(request))`.
 
     The parameters are those of `BoxerClient.run`. `env` may be given as a mapping or a list of `K=V`, `limits` as
     ResourceLimits or a mapping; they are kept as a tuple and as ResourceLimits. Raises BoxerValidationError for what
@@ -164,15 +207,15 @@ class RunRequest:
 
     image: str
     cmd: Sequence[str]
-    env: Mapping[str, str] | Iterable[str] | None = None
-    cwd: str | None = None
-    limits: ResourceLimits | Mapping[str, Any] | None = None
-    files: Sequence[str] | None = None
+    env: Optional[Environment] = None
+    cwd: Optional[str] = None
+    limits: Optional[Limits] = None
+    files: Optional[Sequence[str]] = None
     persist: bool = False
-    network: str | None = None
+    network: Optional[str] = None
 
     def __post_init__(self) -> None:
-        self.__dict__.update(  # a frozen dataclass lets nothing be set but so
+        self.__dict__.update(  # bypasses the frozen dataclass's __setattr__
             image=_image(self.image),
             cmd=_command(self.cmd),
             env=_environment(self.env) if self.env else (),
@@ -195,25 +238,22 @@ def _text(name: str, value: Any) -> str:
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
-    if type(values) not in (list, tuple):  # with what is usual, there is no need to look
-        if isinstance(values, str):
-            example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # what is in env may be a secret
-            raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
-        if isinstance(values, (bytes, Mapping)):
-            raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
+    if isinstance(values, str):
+        example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # an entry of env may be a secret
+        raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
+    if isinstance(values, (bytes, Mapping)):
+        raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     texts = tuple(values)
-    try:
-        "".join(texts)  # takes text only, and is faster than a loop
-    except TypeError:
-        kind = next(type(value).__name__ for value in texts if not isinstance(value, str))
-        raise TypeError(f"each of {name} must be str, not {kind}") from None
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"each of {name} must be str, not {type(text).__name__}")
     return texts
 
 
 def _image(image: Any) -> str:
     if not _text("image", image).strip():
         raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
-    return image  # type: ignore[no-any-return]  # text, as was just checked
+    return image  # type: ignore[no-any-return]  # checked above
 
 
 def _command(cmd: Any) -> tuple[str, ...]:
@@ -233,7 +273,7 @@ def _environment(env: Any) -> tuple[str, ...]:
     entries = _texts("env", env)
     for entry in entries:
         if entry.find("=") < 1:
-            # The entry itself may be a secret whose name was forgotten, so it is not shown.
+            # The entry is not shown: it may be a secret whose name was forgotten.
             raise BoxerValidationError("an entry of env is not of the form NAME=value")
     return entries
 
@@ -256,8 +296,8 @@ def _files(files: Any) -> tuple[str, ...]:
 
 def _path(path: Any) -> str:
     if not _text("path", path):
-        raise BoxerValidationError("a path is empty; give one below the store, for instance 'data/input.txt'")
-    return str.__str__(path)  # and not what a subclass, such as an Enum's, calls itself
+        raise BoxerValidationError("a path is empty; name a file in the server's store, for instance 'data/input.txt'")
+    return str.__str__(path)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
 @dataclass
@@ -277,12 +317,12 @@ class RunResult:
     wall_ms: int
 
     def __post_init__(self) -> None:
-        are_text = type(self.exec_id) is type(self.stdout) is type(self.stderr) is str
-        if are_text and type(self.exit_code) is type(self.wall_ms) is int:
-            return  # as nearly always, in half of the steps that the loop takes
+        kinds = type(self.exec_id), type(self.exit_code), type(self.stdout), type(self.stderr), type(self.wall_ms)
+        if kinds == (str, int, str, str, int):  # fast path: no subclasses
+            return
         for name, kind in _RESULT_TYPES.items():
             value = getattr(self, name)
-            if type(value) is bool or not isinstance(value, kind):
+            if isinstance(value, bool) or not isinstance(value, kind):
                 raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
 
     @property
@@ -314,8 +354,8 @@ _RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str,
 #         ├── BoxerTimeoutError                           408: the program's time was up; 0: the client's deadline
 #         └── BoxerOutputLimitError                       507: too much on stdout or stderr
 #
-# Nothing else leaves a client for a fault of the network, the protocol or the server. A closed client and a wrong type
-# are ordinary RuntimeError and TypeError, a local file that cannot be read an OSError.
+# Nothing else leaves a client for a fault of the network, the protocol or the server. Using a closed client is a
+# RuntimeError and a wrong type a TypeError; a local file that cannot be read raises its own OSError.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +379,7 @@ class BoxerConnectionError(BoxerError, ConnectionError):
 
 
 class BoxerExitError(BoxerError):
-    """A run that was to be checked ended with an exit code other than 0.
+    """A run with `check=True` ended with an exit code other than 0.
 
     result: the RunResult.
     """
@@ -370,7 +410,8 @@ class BoxerAPIError(BoxerError):
 class BoxerTimeoutError(BoxerAPIError):
     """Time was up: the program's wall clock limit (status_code 408) or the client's own deadline (status_code 0).
 
-    Deliberately no TimeoutError: what catches those tries again, and a program that ran out of its time must not be.
+    Deliberately no TimeoutError: code that catches those tends to try again, and a program that ran out of time must
+    not be run again.
     """
 
 
@@ -380,9 +421,7 @@ class BoxerOutputLimitError(BoxerAPIError):
 
 _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
-_REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
-
-# Control characters, and those that reorder text: neither may reach a terminal out of a server's or program's text.
+# Control characters, and characters that reorder text: text of a server or a program must not bring them to a terminal.
 _UNPRINTABLE = "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -392,76 +431,76 @@ def _printable(text: str, keep: str = "") -> str:
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
-_PIECE = 1024 * 1024  # bytes of content that are sent from memory and received at a time
-_FILE_PIECE = 4 * _PIECE  # of a file, which asyncio reads in a thread: to get there costs as much as to read 1 MiB
-_QUICK = 0.05  # seconds to read a piece in, for the next one to be that large
-_LONGEST_WAIT = 1_000_000.0  # seconds that every operating system can be asked to wait for; 11 days
-_ENDLESS = 10**18  # as a number of bytes, and more than can be told: there is no limit, or it is not known
-_ANSWER_LIMIT = 256 * 1024 * 1024  # of JSON; the server's own limit on output is 20 MiB before escapes
+
+class _Kind(enum.Enum):
+    """What a request asks for, as far as its way through the client depends on that."""
+
+    RUN = "a run without a network: it leaves no trace, so it may be sent again"
+    NETWORKED_RUN = "a run with a network: it may be seen from outside, so it is sent once"
+    DOWNLOAD = "a file: the content of a successful answer may have any size"
+    OTHER = "anything else"
 
 
-class _Request:
-    """A request, short of what the client's settings add to it."""
+class _Request(NamedTuple):
+    """A request of one of the endpoints, short of what the client's settings add to it."""
 
-    content_limit = _ANSWER_LIMIT  # bytes of a successful answer's content; _ENDLESS: it is a file
-    allowance = 0.0  # seconds that the server is entitled to on top of the timeout
-    is_run = has_network = False
+    method: str
+    target: str  # below the base URL's path
+    headers: Mapping[str, str]  # this request's own fields
+    body: Union[bytes, _Multipart]
+    kind: _Kind = _Kind.OTHER
+    extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
 
-    def __init__(self, method: str, target: str, lines: str = "", body: bytes | _Multipart = b"") -> None:
-        self.method = method
-        self.target = target  # below the base URL's path
-        self.lines = lines  # of the head, those that are this request's own
-        self.body = body
-
-
-_HEALTH_REQUEST = _Request("GET", "/healthz")
-
-_JSON_STRING = json.encoder.encode_basestring  # a run's body of such takes a third of the time of a JSONEncoder's
+    @property
+    def name(self) -> str:
+        """The method and the path, for the texts of errors and the log."""
+        return f"{self.method} {self.target.partition('?')[0]}"
 
 
-def _json_array(texts: Iterable[str]) -> str:
-    return f"[{','.join([_JSON_STRING(text) for text in texts])}]"
+_HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
 
 
 def _run_request(
     image: Any, cmd: Any, env: Any, cwd: Any, limits: Any, files: Any, persist: Any, network: Any
 ) -> _Request:
-    """Check and encode what makes up a RunRequest."""
-    text = f'{{"image":{_JSON_STRING(_image(image))},"cmd":{_json_array(_command(cmd))}'
-    given = {} if limits is None else _limits(limits).to_dict()
+    """Check and encode what makes up a RunRequest; what is empty is left out."""
+    given_limits = {} if limits is None else _limits(limits).to_dict()
+    text = f'{{"image":{_json_string(_image(image))},"cmd":{_json_array(_command(cmd))}'
     if env:
         text += f',"env":{_json_array(_environment(env))}'
     if cwd is not None and _text("cwd", cwd):
-        text += f',"cwd":{_JSON_STRING(cwd)}'
-    if given:
-        text += f',"limits":{json.dumps(given)}'
+        text += f',"cwd":{_json_string(cwd)}'
+    if given_limits:
+        text += f',"limits":{json.dumps(given_limits)}'
     if files:
         text += f',"files":{_json_array(_files(files))}'
     if persist:
         text += ',"persist":true'
     if network is not None and _text("network", network):
-        text += f',"network":{_JSON_STRING(network)}'
+        text += f',"network":{_json_string(network)}'
     body = _utf8("run", text + "}")
-    lines = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    request = _Request("POST", "/run", lines, body)
-    request.is_run, request.has_network = True, network not in (None, "", "none")
-    if given:
-        request.allowance = min(given.get("wall_clock_secs", 0), _LONGEST_WAIT)
-    return request
+    headers = {"Content-type": "application/json", "Content-length": str(len(body))}
+    kind = _Kind.RUN if network in (None, "", "none") else _Kind.NETWORKED_RUN
+    return _Request("POST", "/run", headers, body, kind, min(given_limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
+
+
+_json_string = json.encoder.encode_basestring  # a JSONEncoder takes three times as long for the whole of a run
+
+
+def _json_array(texts: Iterable[str]) -> str:
+    return f"[{','.join([_json_string(text) for text in texts])}]"
 
 
 def _upload_request(remote_path: str, content: Content) -> _Request:
     body = _Multipart(_path(remote_path), content)
-    framing = "Transfer-Encoding: chunked" if body.length is None else f"Content-Length: {body.length}"
-    lines = f"Content-Type: multipart/form-data; boundary={body.boundary}\r\n{framing}\r\n"
-    return _Request("POST", "/files", lines, body)
+    kind = f"multipart/form-data; boundary={body.boundary}"
+    framing = {"Transfer-encoding": "chunked"} if body.length is None else {"Content-length": str(body.length)}
+    return _Request("POST", "/files", {"Content-type": kind, **framing}, body)
 
 
 def _download_request(path: str) -> _Request:
     query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
-    request = _Request("GET", f"/files?path={query}")
-    request.content_limit = _ENDLESS
-    return request
+    return _Request("GET", f"/files?path={query}", {}, b"", _Kind.DOWNLOAD)
 
 
 def _utf8(name: str, text: str) -> bytes:
@@ -469,78 +508,74 @@ def _utf8(name: str, text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         problem = str(error)
-    # Not while that error is at hand, since it holds the whole text, which may hold secrets.
+    # Raised outside of the `except`: the error above holds the whole text, which may hold secrets.
     raise BoxerValidationError(f"the {name} has a lone surrogate in it, which is no character: {problem}")
 
 
 class _Multipart:
     """A multipart/form-data body of one file and its path (RFC 7578), made as it is sent.
 
-    The file's own name is left out: the server goes by the part `path`, whose value may be any text, since nothing but
-    the delimiter ends it, and that is random. Content that can be sought is sent from its start, at every try.
+    The file's own name is left out, since the server goes by the part `path`. The value of a part may be any text:
+    only the delimiter ends it, and that is random. Content that can be rewound is sent from its start at every try.
     """
 
     def __init__(self, path: str, content: Content) -> None:
         self.boundary = os.urandom(16).hex()
         part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
-        kind = 'file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        self._before = (part + kind).encode()
-        self._after = (
-            f'\r\n{part}path"\r\n\r\n'.encode() + _utf8("path", path) + f"\r\n--{self.boundary}--\r\n".encode()
-        )
+        before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'
+        self._before = before.encode()
+        between, end = f'\r\n{part}path"\r\n\r\n', f"\r\n--{self.boundary}--\r\n"
+        self._after = between.encode() + _utf8("path", path) + end.encode()
         self._content = _content(content)
         self._size = _size(self._content)
         # The length of the body in bytes; None if it cannot be known before it was sent.
         self.length = None if self._size is None else len(self._before) + self._size + len(self._after)
         self.can_be_sent = True  # False once content that cannot be rewound was read from
-        self.is_given = False  # True once the last piece was given
-        self.may_block = not isinstance(self._content, memoryview)  # making a piece reads from a file
+        self.is_in_memory = isinstance(self._content, memoryview)
 
-    def pieces(self, largest: int) -> Iterator[bytes | memoryview]:
-        """Yield the body; a file is first touched for the second piece, and read `largest` bytes at a time at most."""
+    def pieces(self) -> Iterator[_Piece]:
+        """Yield the body without its `end`; content is first read for the second piece."""
         if not self.can_be_sent:
             raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
-        self.is_given = False
-        return self._parts(largest) if self._size is not None else map(self._chunk, self._parts(_PIECE))
-
-    def _parts(self, largest: int) -> Iterator[bytes | memoryview]:
+        yield self._coded(self._before)
         if isinstance(self._content, memoryview):
-            yield self._before + self._content[:_PIECE]
-            yield from (self._content[at : at + _PIECE] for at in range(_PIECE, len(self._content), _PIECE))
+            yield from (self._content[at : at + _PIECE] for at in range(0, len(self._content), _PIECE))
+        elif self._size is not None:
+            yield from _read_whole(self._content, self._size)
         else:
-            yield self._before
-            self.can_be_sent = self._size is not None
-            yield from self._read(self._content, largest)
-        self.is_given = True
-        yield self._after
+            self.can_be_sent = False
+            while piece := _read(self._content, _PIECE):
+                yield self._coded(piece)
 
-    def _chunk(self, piece: bytes | memoryview) -> bytes:
-        """Return a piece in the chunked transfer coding (RFC 9112, section 7.1)."""
-        return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n", b"0\r\n\r\n" if self.is_given else b""))
+    @property
+    def end(self) -> bytes:
+        """What follows the pieces."""
+        return self._coded(self._after) + (b"0\r\n\r\n" if self.length is None else b"")
 
-    def _read(self, file: IO[bytes], largest: int) -> Iterator[bytes | memoryview]:
-        """Yield a file's content; fail, so that no complete body is ever sent, if it is not as long as was said."""
-        left, size, room = self._size, _PIECE, None
-        if left is not None:
-            file.seek(0)
-            if type(file) is io.BufferedReader:  # and not what reports its progress by a `read` of its own, say
-                room = memoryview(bytearray(min(largest, left)))  # for all pieces: one is sent before the next
-        while left is None or left > 0:
-            began = time.monotonic()
-            piece: bytes | memoryview
-            if room is not None:
-                piece = room[: file.readinto(room[:size]) or 0]  # type: ignore[attr-defined]  # None: it has none now
-            else:
-                piece = file.read(size if left is None else min(size, left))
-                if not isinstance(piece, bytes):
-                    raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
-            size = largest if time.monotonic() - began < _QUICK else _PIECE
-            if not piece or (left is not None and len(piece) > left):
-                break
-            left = None if left is None else left - len(piece)
-            yield piece
-        if left is not None and (left != 0 or file.read(1)):
-            raise BoxerError("the file changed its size while it was sent; the upload was broken off")
+    def _coded(self, piece: bytes) -> bytes:
+        """Return a piece in the chunked transfer coding (RFC 9112, section 7.1) if the length is not known."""
+        return piece if self.length is not None else b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def _read(file: Any, size: int) -> bytes:
+    piece = file.read(size)
+    if not isinstance(piece, bytes):
+        raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
+    return piece
+
+
+def _read_whole(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yield a file's content; fail if it is not of the announced size, so that no complete body is ever sent."""
+    file.seek(0)
+    left = size
+    while left > 0:
+        piece = _read(file, min(_PIECE, left))
+        if not piece or len(piece) > left:
+            break
+        left -= len(piece)
+        yield piece
+    if left != 0 or _read(file, 1):
+        raise BoxerError("the file changed its size while it was sent; the upload was broken off")
 
 
 def _content(content: Any) -> memoryview | IO[bytes]:
@@ -556,6 +591,7 @@ def _content(content: Any) -> memoryview | IO[bytes]:
 
 
 def _size(content: memoryview | IO[bytes]) -> int | None:
+    """Return the content's size in bytes; None for a file that cannot be rewound."""
     if isinstance(content, memoryview):
         return len(content)
     try:
@@ -565,82 +601,60 @@ def _size(content: memoryview | IO[bytes]) -> int | None:
         return None
 
 
-def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) -> list[tuple[Path, str]]:
-    """Return what `upload_path` is to send, in the order of the sorted paths."""
-    local = Path(local_path)
-    if not local.is_dir():
-        _check_regular(local, local)
-        return [(local.resolve(), _path(local.name if remote_path is None else remote_path))]
-    root = local.resolve()
+def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) -> list[_LocalFile]:
+    """Return what `upload_path` is to send, (local, remote), in the order of the sorted local paths."""
+    local, root = Path(local_path), Path(local_path).resolve()
+    if not root.is_dir():
+        return [(_regular(local, root), _path(local.name if remote_path is None else remote_path))]
     name = root.name if local.name in ("", "..") else local.name
     prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
-    files = [(real, f"{prefix}/{path.relative_to(local).as_posix()}") for path, real in sorted(_walk(local, root))]
-    for _, remote in files:
-        _utf8("path", remote)
-    return files
+    paths = sorted(_walk(root))
+    return [(_regular(path, _target(path, root)), _remote(prefix, path.relative_to(root))) for path in paths]
 
 
-# Files and folders that may be reached through links, each of which counts for ten: a few of them can lead to millions.
-_LINKED_LIMIT = 100_000
-
-
-class _Folder(NamedTuple):
-    """A folder that is walked through; `real` is its path without links."""
-
-    path: Path
-    real: Path
-    parent: _Folder | None
-    is_linked: bool
-
-    def is_in(self, real: Path) -> bool:
-        folder: _Folder | None = self
-        while folder is not None and folder.real != real:
-            folder = folder.parent
-        return folder is not None
-
-
-def _walk(local: Path, root: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the files below a folder, each also without links, through links as long as these stay below it."""
-    linked = 0
-    folders = [_Folder(local, root, None, is_linked=False)]
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield what is below a folder and is no folder itself; links are not followed."""
+    folders = [root]
     while folders:
-        folder = folders.pop()
-        for real in folder.real.iterdir():
-            path, is_link = folder.path / real.name, real.is_symlink()
-            linked += 10 if is_link else folder.is_linked
-            if linked > _LINKED_LIMIT:
-                raise BoxerValidationError(f"{_shown(path)}: too many files are reached through links")
-            target = _link_target(path, real, root, folder) if is_link else real
-            if target.is_dir():
-                folders.append(_Folder(path, target, folder, is_link or folder.is_linked))
+        for path in folders.pop().iterdir():
+            if path.is_dir() and not path.is_symlink():
+                folders.append(path)
             else:
-                _check_regular(path, target)
-                yield path, target
+                yield path
 
 
-def _link_target(path: Path, real: Path, root: Path, folder: _Folder) -> Path:
+def _target(path: Path, root: Path) -> Path:
+    """Return the file that a path leads to, through a link if that stays within the folder."""
+    if not path.is_symlink():
+        return path
     try:
-        target = real.resolve(strict=True)
+        target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a loop is a RuntimeError before Python 3.13
         raise BoxerValidationError(f"{_shown(path)} is a link that leads nowhere; remove it") from error
-    if folder.is_in(target):
-        raise BoxerValidationError(f"{_shown(path)} is a link to a folder that it is in; remove it")
+    if target.is_dir():
+        raise BoxerValidationError(f"{_shown(path)} is a link to a folder; put a copy of the folder in its place")
     if root not in target.parents:
-        what = "is a link that leaves the folder; put a copy of the file in its place"
-        raise BoxerValidationError(f"{_shown(path)} {what}")
+        raise BoxerValidationError(f"{_shown(path)} is a link that leaves the folder; put a copy in its place")
     return target
 
 
-def _check_regular(path: Path, real: Path) -> None:
-    if not stat.S_ISREG(real.stat().st_mode):
+def _regular(path: Path, target: Path) -> Path:
+    if not stat.S_ISREG(target.stat().st_mode):
         raise BoxerValidationError(f"{_shown(path)} is neither a file nor a folder, and cannot be uploaded")
+    return target
+
+
+def _remote(prefix: str, path: Path) -> str:
+    remote = f"{prefix}/{path.as_posix()}"
+    _utf8("path", remote)
+    return remote
 
 
 def _opened(path: Path) -> IO[bytes]:
     """Open a file that was seen to be one; something else may have been put in its place since."""
-    # Where the system has them: follow no link, and do not wait for who writes to a pipe.
+    # Where the system has these flags: follow no link, and do not wait for a pipe's writer.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - for its caller to close
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - the caller closes it
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
@@ -655,53 +669,49 @@ def _shown(path: Path) -> str:
 
 
 class _Head(NamedTuple):
-    """The decoded head of a response, and what it says of the content: RFC 9112, section 6.3."""
+    """The decoded head of a response, and what it says of the content (RFC 9112, section 6.3)."""
 
     code: int
-    msg: str  # the reason phrase
-    field_lines: Sequence[tuple[str, str]]  # names in lower case
-    fields: Mapping[str, str]  # of several with one name, all: RFC 9110, section 5.3
-    is_success: bool
-    is_reusable: bool = False  # another exchange may follow on the connection
+    reason: str
+    field_lines: Sequence[tuple[str, str]]  # with names in lower case
+    fields: Mapping[str, str]  # repeated fields are joined with ", " (RFC 9110, section 5.3)
+    keeps_alive: bool = False  # another exchange may follow on the connection
     is_chunked: bool = False
-    length: int = 0  # of the content; 0 if it is chunked; _ENDLESS: it goes on to the end of the connection
+    length: float = 0  # of the content in bytes, if it is not chunked; infinite: it ends with the connection
 
 
 class _Response:
     """A final response: its head, and as much of its content as was wanted.
 
-    `code`, `msg` and `info()` are what urllib's handlers look for.
+    `code`, `msg`, `headers` and `info()` are what urllib's handlers look for.
     """
 
-    content = b""
-    is_cut = False  # the content was longer than the limit
+    is_cut = False  # the content was longer than its limit
 
-    def __init__(self, head: _Head) -> None:
-        self.head = head
-        self.is_success = head.is_success
-
-    @property
-    def code(self) -> int:
-        return self.head.code
+    def __init__(self, head: _Head, content: bytes = b"") -> None:
+        self.code = head.code
+        self.fields = head.fields
+        self.is_success = 200 <= head.code < 300
+        self.content = content
+        self._head = head
 
     @property
     def msg(self) -> str:
-        return self.head.msg
+        return self._head.reason
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
-        for name, value in self.head.field_lines:
+        for name, value in self._head.field_lines:
             message[name] = value
         return message
 
-
-_RESULT_MEMBERS = operator.itemgetter(*_RESULT_TYPES)
+    headers = property(info)
 
 
 def _run_result(response: _Response, check: bool) -> RunResult:
     members = _json_object(response)
     try:
-        result = RunResult(*_RESULT_MEMBERS(members))
+        result = RunResult(*[members[name] for name in _RESULT_TYPES])
     except KeyError as error:
         raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
     except TypeError as error:
@@ -715,7 +725,7 @@ def _check_uploaded(response: _Response) -> None:
 
 
 def _file_content(response: _Response) -> bytes:
-    if 300 <= response.code < 400 and response.head.fields.get("location", "").startswith("files/?path="):
+    if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
     if response.code != 200 and response.is_success:
         raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
@@ -728,7 +738,7 @@ def _checked(response: _Response) -> _Response:
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(_reason(response), response.code)
     if response.is_cut:
         raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
-    coding = response.head.fields.get("content-encoding")
+    coding = response.fields.get("content-encoding")
     if coding and coding.lower() != "identity":
         message = f"the answer came with Content-Encoding {_printable(coding.lower())[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
@@ -745,47 +755,17 @@ def _json_object(response: _Response) -> dict[str, Any]:
         raise BoxerAPIError(message, response.code) from error
 
 
-_JSON_SHAPE_LIMIT = 1024 * 1024  # bytes outside of strings
-
-
 def _decoded_json_object(content: bytes) -> dict[str, Any]:
-    if len(content) > _JSON_SHAPE_LIMIT:
-        _check_shape(content)
     try:
-        text = content.decode("utf-8").strip(" \t\n\r")
-        value, end = _JSON_DECODER.raw_decode(text)
+        value = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if end < len(text):
-        raise ValueError("there is more behind it")
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}")
     return value
 
 
-def _check_shape(content: bytes) -> None:
-    """Refuse much JSON outside of strings: empty lists, say, take thirty times their size in memory once decoded."""
-    content = content.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # what is escaped ends no string
-    outside = at = 0
-    while outside <= _JSON_SHAPE_LIMIT and at < len(content):
-        begin = content.find(b'"', at)
-        end = content.find(b'"', begin + 1) if begin >= 0 else -1
-        outside += (begin if end >= 0 else len(content)) + 1 - at
-        at = end + 1 or len(content)
-    if outside > _JSON_SHAPE_LIMIT:
-        raise ValueError("there is too much of it beside text")
-
-
-def _json_integer(digits: str) -> int:  # pragma: no cover - as any Python of today does
-    if len(digits) > 4300:  # the time to convert grows with the square of the length
-        raise ValueError("it has a number of more than 4300 digits")
-    return int(digits)
-
-
-_JSON_DECODER = json.JSONDecoder(parse_int=None if hasattr(sys, "get_int_max_str_digits") else _json_integer)
-
-
-# What is not ended goes to the end: to look for an end that is not there, from each beginning, would take for ever.
+# An unclosed comment or tag matches up to the end of the text, which keeps the regex linear.
 _MARKUP = r"(?si)<!--.*?(?:-->|\Z)|<(style|script|title)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>|&#\w{8,}"
 
 
@@ -793,20 +773,21 @@ def _reason(response: _Response) -> str:
     """Return what the server says for itself in an error, however it was sent, as one line of a sane length."""
     text = _server_error(response)
     if text is None:
-        media_type = response.head.fields.get("content-type", "")
+        media_type = response.fields.get("content-type", "")
         latin = re.search(r"(?i)charset=\"?(iso-8859-1|latin-?1)\b", media_type)
-        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8-sig", "replace")
+        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8", "replace")
+        text = text.lstrip("\ufeff")
         if text.lstrip()[:1] == "<":
             text = html.unescape(re.sub(_MARKUP, " ", text))
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
     if 300 <= response.code < 400:
-        text += f" (redirects are not followed; Location: {response.head.fields.get('location', '')})"
+        text += f" (redirects are not followed; Location: {response.fields.get('location', '')})"
     text = " ".join(_printable(text).split())
     return text if len(text) <= _REASON_SIZE else text[:_REASON_SIZE] + " …"
 
 
 def _server_error(response: _Response) -> str | None:
-    """Return the text of the server's own `{"error": text}`; None if that is not what the content is."""
+    """Return the text of the server's own `{"error": text}`; None if the content is anything else."""
     try:
         error = _decoded_json_object(response.content).get("error")
     except ValueError:
@@ -821,36 +802,29 @@ def _status(response: _Response) -> str:
 # ---- Policy ----------------------------------------------------------------------------------------------------------
 
 
-_CLIENT_DEFAULT: Any = ...  # the default of a parameter for which None has a meaning: the client's setting
-
-
-class _Origin(NamedTuple):
-    """Where a client's requests go, and how, as read from its base URL and the environment."""
-
-    url: str  # without credentials
-    scheme: str
-    authority: str  # host, and port where it is not the scheme's own
-    next_hop: str  # the authority to connect to: the origin's own, or a proxy's
-    tunnel: str | None  # the authority to ask that proxy for, with CONNECT
-    prefix: str  # what a request target begins with: a path, or for a proxy a whole URL (RFC 9112, section 3.2.2)
-    fields: dict[str, str]  # of every request, names written as urllib's handlers look for them
-
-
 class _Route(NamedTuple):
     """A way to an origin; connections of one route can stand in for each other."""
 
     scheme: str
-    next_hop: str
-    tunnel: str | None
-    authorization: str | None  # for the proxy at the entry of the tunnel
+    next_hop: str  # the authority to connect to: the origin's own, or a proxy's
+    tunnel: Optional[str]  # the authority to ask that proxy for, with CONNECT
+    authorization: Optional[str]  # for the proxy at the entry of the tunnel
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and port to connect to; a proxy is always spoken to in plain HTTP."""
+        return _host_and_port(self.next_hop, _DEFAULT_PORTS["http" if self.tunnel else self.scheme])
 
 
-def _route(scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str]) -> tuple[_Route, dict[str, str]]:
-    """Return a route, and the fields for the origin: credentials for the proxy of a tunnel are that proxy's alone."""
-    if tunnel is None:
-        return _Route(scheme, next_hop, None, None), fields
-    fields = dict(fields)
-    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None)), fields
+class _Origin(NamedTuple):
+    """Where a client's requests go, and what each of them says, as read from its base URL and the environment."""
+
+    url: str  # without credentials
+    scheme: str
+    authority: str  # host, and port where it is not the scheme's own
+    path: str  # what a request target begins with
+    proxy: Optional[str]  # its authority
+    fields: dict[str, str]  # of every request; names are spelt as urllib spells them
 
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -866,15 +840,19 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
         raise BoxerValidationError("base_url must have no query and no fragment")
     authority = _authority(parts, "base_url")
     path = urllib.parse.quote(_utf8("base_url", parts.path), safe="/%:@!$&'()*+,;=~").rstrip("/")
-    url = f"{parts.scheme}://{authority}{path}"
-    fields = {"Host": re.sub("%[^]]*", "", authority), **_COMMON_FIELDS, **_basic("Authorization", parts)}
     proxy = _proxy(parts, authority)
-    fields.update({} if proxy is None else _basic("Proxy-authorization", proxy), **_checked_fields(headers))
+    fields = {
+        "Host": re.sub("%[^]]*", "", authority),  # without an IPv6 zone
+        "User-agent": _USER_AGENT,
+        "Accept-encoding": "identity",
+        **_basic("Authorization", parts),
+        **(_basic("Proxy-authorization", proxy) if proxy else {}),
+        **_checked_fields(headers),
+    }
     if proxy is None:
         fields.pop("Proxy-authorization", None)
-        return _Origin(url, parts.scheme, authority, authority, None, path, fields)
-    tunnel, prefix = (None, url) if parts.scheme == "http" else (authority, path)
-    return _Origin(url, parts.scheme, authority, _authority(proxy, "the proxy"), tunnel, prefix, fields)
+    url = f"{parts.scheme}://{authority}{path}"
+    return _Origin(url, parts.scheme, authority, path, _authority(proxy, "the proxy") if proxy else None, fields)
 
 
 def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
@@ -925,9 +903,6 @@ def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.Spli
     host = parts.hostname or ""
     if host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host):
         return None
-    if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None
-    _load("urllib.request")
     url = urllib.request.getproxies().get(parts.scheme)
     if not url or urllib.request.proxy_bypass(authority):
         return None
@@ -937,15 +912,23 @@ def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.Spli
     return proxy
 
 
-def _host_and_port(authority: str, default: int) -> tuple[str, int]:
+def _route(scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str]) -> tuple[_Route, dict[str, str]]:
+    """Return a route and the fields for the origin, which must not see the credentials for a tunnel's proxy."""
+    if tunnel is None:
+        return _Route(scheme, next_hop, None, None), fields
+    fields = dict(fields)
+    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None)), fields
+
+
+def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     host, colon, port = authority.rpartition(":")
     if not colon or port.endswith("]"):
-        host, port = authority, str(default)
+        host, port = authority, str(default_port)
     return host.strip("[]"), int(port)
 
 
-_COMMON_FIELDS = {"User-agent": f"boxer-sdk/{__version__}", "Accept-encoding": "identity"}
-# Fields that the framing of a request, or what the client promises of itself, hangs on.
+_USER_AGENT = f"boxer-sdk/{__version__}"
+# A user must not set these fields: the framing of a request depends on them, or the client promises what they say.
 _OWN_FIELDS = {"accept-encoding", "connection", "content-length", "content-type", "expect", "host", "keep-alive", "te"}
 _OWN_FIELDS |= {"trailer", "transfer-encoding", "upgrade"}
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2  # noqa: S105
@@ -954,7 +937,7 @@ _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2  # noqa: S10
 def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
     fields = {}
     for name, value in headers.items():
-        if not re.fullmatch(_TOKEN, _text("each name in headers", name)):  # and is not shown: it may be a whole line
+        if not re.fullmatch(_TOKEN, _text("each name in headers", name)):  # not shown: it may be a whole line
             raise BoxerValidationError("a name in headers is not the name of a field")
         if name.lower() in _OWN_FIELDS or name.capitalize() in fields:
             raise BoxerValidationError(f"{name!r} in headers is there twice, or is set by the client itself")
@@ -978,119 +961,132 @@ def _count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-# The server's race: the output of a short program that did run is lost. Each try is lost with a chance of about one in
-# three, so that one call in 10^7 uses up the allowance.
+class _Deadline:
+    """The time by which a call has to be over.
+
+    It bounds the wait for an answer as a whole, with all tries and pauses. While the content of a file is on its way,
+    each piece of it pushes the deadline back.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.start_again("complete answer")
+
+    @property
+    def left(self) -> float:
+        """Seconds left, at most what an operating system can wait for; 0 or less once the deadline has passed."""
+        return min(self._end - time.monotonic(), _LONGEST_WAIT)
+
+    def start_again(self, awaited: str) -> None:
+        """Count from now, since some content has moved."""
+        self._end = time.monotonic() + self._seconds
+        self._awaited = awaited
+
+    def postpone(self, seconds: float) -> None:
+        """Do not count this time, which was spent waiting for a free connection."""
+        self._end += seconds
+
+    def error(self, peer: str) -> BoxerTimeoutError:
+        return BoxerTimeoutError(f"{peer}: no {self._awaited} within {self._seconds:g} s; the client gave up", 0)
+
+
+class _Cancellation:
+    """A handle with which another thread or task ends a call: whatever the call waits for is interrupted."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None  # why the call was cancelled
+        self._interrupt: Callable[[], Any] | None = None
+
+    def cancel(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        interrupt = self._interrupt
+        if interrupt is not None:
+            interrupt()
+
+    def interrupt_by(self, interrupt: Callable[[], Any] | None) -> None:
+        """Say how to interrupt the waits that follow, now if the call has been cancelled; None: there are none."""
+        self._interrupt = interrupt
+        if self.reason is not None and interrupt is not None:
+            interrupt()
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a client's method, on its way through the pool and its connections."""
+
+    request: _Request
+    deadline: _Deadline
+    cancellation: _Cancellation
+    thread: int = field(default_factory=threading.get_ident)
+    was_sent: bool = False  # some of the request, at any try
+
+    def check(self, peer: str) -> None:
+        """Raise the right error if the call was cancelled, or its deadline has passed."""
+        if self.cancellation.reason is not None:
+            raise BoxerConnectionError(f"{peer}: {self.cancellation.reason}", self.was_sent)
+        if self.deadline.left <= _TIMER_STEP:
+            raise self.deadline.error(peer)
+
+
+# The server's race: the output of a short program that did run is lost.
 _RACE = r"read std(out|err): .*file already closed"
-_RACE_TRIES = 15
 # Reasons of the server for a 500 that another try will meet again.
 _LASTING = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
 
 
-class _Call:
-    """One call of a client's method: its deadline, and what may be tried again when a try has failed.
+class _NoTurnError(Exception):
+    """A call waits for a connection that its own thread is using, so that it would wait for ever."""
 
-    `timeout` bounds the wait for an answer as a whole. While the content of a file is on its way, `is_sending` or
-    `is_receiving`, the deadline is pushed back whenever some of it has moved.
-    """
 
-    is_sending = is_receiving = False
-    was_sent = False  # by a try that is over
-    abort: Callable[[_Call], Any] | None = None  # breaks off what is going on
-    _tries = _race_tries = 0  # made after the first, and after one that the server's race has lost
+class _Tries:
+    """Decides what is tried again after a failure: only what the server says is over, or what it never began."""
 
-    def __init__(self, request: _Request, timeout: float, retries: int) -> None:
-        self.request = request
-        self.timeout = timeout + request.allowance
-        self._end = time.monotonic() + self.timeout
+    def __init__(self, request: _Request, retries: int) -> None:
+        self._request = request
         self._retries = retries
+        self._made = 0
+        self._races = 0
+        self._max_races = _RACE_TRIES if retries and request.kind is _Kind.RUN else 0
 
-    def cancel(self) -> None:
-        """End the call from another thread."""
-        self.timeout = self._end = -math.inf
-        self.break_off()
-
-    def break_off(self) -> None:
-        """End what the call is at."""
-        abort = self.abort  # another thread may be about to set another one, or None
-        if abort is not None:
-            abort(self)
-
-    @property
-    def left(self) -> float:
-        """Seconds to the deadline, never more than an operating system can wait for; 0 or less: it has passed."""
-        return min(self._end - time.monotonic(), _LONGEST_WAIT)
-
-    def seconds_to_wait(self, peer: str) -> float:
-        """Return how long to wait until it is time to look again, or to give up; raise the error if it is."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise self.timed_out(peer)
-        if self.is_sending:
-            left = max(0.0, min(left, self.timeout / 4))  # the call may be cancelled meanwhile
-        return min(left, _LONGEST_WAIT)
-
-    def moved(self) -> None:
-        """Push the deadline back, since some content has moved."""
-        self._end = time.monotonic() + self.timeout
-
-    def waited(self, seconds: float) -> None:
-        """Do not count the wait for a free connection."""
-        self._end += seconds
-
-    def timed_out(self, peer: str) -> BoxerTimeoutError:
-        what = "no progress" if self.is_sending or self.is_receiving else "no complete answer"
-        return BoxerTimeoutError(f"{peer}: {what} within {self.timeout:g} s; the client gave up", 0)
-
-    def goes_once_more(self, error: BoxerConnectionError) -> bool:
-        """Decide whether a request goes out again, silently, because the kept connection it was sent on was dead."""
-        self.was_sent = self.was_sent or error.request_sent
-        return self._can_be_sent and self._is_harmless(error)
-
-    def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
-        """Decide what follows a try that failed: another one after so many seconds, or (None) nothing."""
-        if not self._can_be_sent:
+    def after(self, outcome: _Response | BoxerConnectionError) -> tuple[float, int] | None:
+        """Return how many seconds after a failure the next try is, and how to log that; None: there is no other."""
+        if not _can_be_sent(self._request):
             return None
-        if self._race_tries < _RACE_TRIES and self._is_race(outcome):
-            self._race_tries += 1
-            return self._within_deadline(outcome, random.uniform(0.01, 0.05), logging.DEBUG)
-        if self._tries >= self._retries or not self._may_be_tried_again(outcome):
+        if self._races < self._max_races and _is_race(outcome):
+            self._races += 1
+            return random.uniform(0.01, 0.05), logging.DEBUG
+        if self._made >= self._retries or not _may_be_tried_again(self._request, outcome):
             return None
-        self._tries += 1
-        pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._tries, 5), 8.0)
+        self._made += 1
+        pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._made, 5), 8.0)
         if isinstance(outcome, _Response):
-            pause = max(pause, _retry_after(outcome.head.fields.get("retry-after", "")))
-        return self._within_deadline(outcome, pause, logging.WARNING)
+            pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
+        return pause, logging.WARNING
 
-    def _is_race(self, outcome: _Response | BoxerConnectionError) -> bool:
-        """Tell whether the server's race has lost the output of a run that may be sent again."""
-        if not self._retries or not self.request.is_run or self.request.has_network:
-            return False
-        error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
-        return bool(re.match(_RACE, error or ""))
 
-    @property
-    def _can_be_sent(self) -> bool:
-        return not isinstance(self.request.body, _Multipart) or self.request.body.can_be_sent
+def _is_race(outcome: _Response | BoxerConnectionError) -> bool:
+    if isinstance(outcome, BoxerConnectionError) or outcome.code != 500:
+        return False
+    return bool(re.match(_RACE, _server_error(outcome) or ""))
 
-    def _may_be_tried_again(self, outcome: _Response | BoxerConnectionError) -> bool:
-        if isinstance(outcome, BoxerConnectionError):
-            return self._is_harmless(outcome) and not hasattr(outcome.__cause__, "verify_code")  # of ssl
-        if outcome.code == 500:
-            error = _server_error(outcome)
-            return error is not None and not error.startswith(_LASTING)
-        return outcome.code in (429, 503)
 
-    def _is_harmless(self, error: BoxerConnectionError) -> bool:
-        """Tell whether a request can be sent again after an error: it was not sent, or it is a GET that was lost."""
-        return not error.request_sent or (self.request.method == "GET" and isinstance(error.__cause__, OSError))
+def _may_be_tried_again(request: _Request, outcome: _Response | BoxerConnectionError) -> bool:
+    if isinstance(outcome, BoxerConnectionError):
+        is_lasting = isinstance(outcome.__cause__, (ssl.SSLCertVerificationError, _NoTurnError))
+        return _is_harmless(request, outcome) and not is_lasting
+    if outcome.code == 500:
+        error = _server_error(outcome)
+        return error is not None and not error.startswith(_LASTING)
+    return outcome.code in (429, 503)
 
-    def _within_deadline(self, outcome: _Response | BoxerConnectionError, pause: float, level: int) -> float | None:
-        if pause >= self.left:
-            return None
-        path = self.request.target.partition("?")[0]
-        reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
-        _LOG.log(level, "%s %s: %s; trying again in %.2f s", self.request.method, path, reason[:200], pause)
-        return pause
+
+def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
+    """Tell whether a request can be sent again after an error: it was not sent, or it is a GET that was lost."""
+    return not error.request_sent or (request.method == "GET" and isinstance(error.__cause__, OSError))
+
+
+def _can_be_sent(request: _Request) -> bool:
+    return isinstance(request.body, bytes) or request.body.can_be_sent
 
 
 def _retry_after(value: str) -> float:
@@ -1106,17 +1102,12 @@ def _retry_after(value: str) -> float:
 
 # ---- Wire ------------------------------------------------------------------------------------------------------------
 #
-# RFC 9112, strictly: what could be read in two ways is an error, since the two readers may be a proxy and this client.
+# RFC 9112, strictly: what can be read in two ways is an error, since a proxy may have read it the other way.
 # ----------------------------------------------------------------------------------------------------------------------
 
-_HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
-_FIELD_LIMIT = 100
-_INTERIM_LIMIT = 20  # 1xx responses before the final one
-_CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
-_ERROR_LIMIT = 64 * 1024  # bytes of an error's content; what follows is of no use
-
-_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
-_FIELD_LINE = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+_STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({_TEXT}))?")
+_FIELD_LINE = re.compile(rf"({_TOKEN}):({_TEXT})")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
@@ -1129,221 +1120,213 @@ class _LostError(_ProtocolError, ConnectionError):
     """The connection ended before the response did."""
 
 
-class _TlsError(_ProtocolError):
-    """TLS failed; `__cause__` is the ssl.SSLError."""
+class _ContentLimit(Exception):  # noqa: N818 - no error of anybody's
+    """There is more content than is wanted."""
 
 
-def _encoded_fields(fields: Mapping[str, str]) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-
-
-def _encoded_head(method: str, target: str, fields: str) -> bytes:
+def _encoded_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
     """Encode a head whose parts have been checked before."""
-    return f"{method} {target} HTTP/1.1\r\n{fields}\r\n".encode("latin-1")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
 
 
 class _Decoder:
     """Decode the response to one request from bytes as they arrive.
 
-    `response` is there once its head is, with its content once `is_complete`. Then `is_reusable` tells whether this
-    allows another request on the connection, and `rest` is what came after the response.
+    `response` is there once its head is, with its content once `is_complete`. The decoding is a generator: each
+    `feed` lets it go on until it needs more bytes.
     """
 
-    response: _Response = None  # type: ignore[assignment]  # until its head is there
-    is_complete = is_reusable = False
-    size = 0  # of the content that was decoded so far, in bytes; 0 if all came at once
-    rest = b""  # what has arrived and is not decoded
-    _is_new = True  # nothing has arrived
-    _searched = 0  # how far into what is not decoded a delimiter has been looked for
-    _left = 0  # bytes of the content, or of a chunk, that are still to come
-    _content: io.BytesIO | None = None  # its getvalue() shares the buffer: content is in memory once
-    _interim = 0  # responses before the final one
+    response: _Response | None = None
+    is_complete = False
+    size = 0  # bytes of content so far
+    _data = b""  # what has arrived,
+    _at = 0  # and how much of it is decoded
+    _decoding: Generator[None, None, None] | None = None
 
-    def __init__(self, content_limit: int, is_tunnel: bool = False) -> None:
-        self._limit = content_limit
-        self._is_tunnel = is_tunnel  # to be opened by a CONNECT
-        # What comes next: it takes what it can of some bytes from a position on, and returns where that ends.
-        self._step: Callable[[_Decoder, Any, int], int] = _Decoder._take_head
+    def __init__(self, content_limit: float, is_tunnel: bool = False) -> None:
+        self._content_limit = content_limit
+        self._is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
 
     @property
-    def is_file(self) -> bool:
-        """The content is that of a file, of which there may be any amount."""
-        return self._limit == _ENDLESS
+    def is_reusable(self) -> bool:
+        """Another request may follow on the connection, as far as the response tells."""
+        return self.is_complete and self._head.keeps_alive and not self.has_rest
 
-    def feed(self, data: bytes | memoryview) -> None:
-        """Decode what arrived; a memoryview, which is not kept, can be only of content that is not chunked."""
-        if self._is_new:
-            self._is_new = False
-            if self._take_all(data):
+    @property
+    def has_rest(self) -> bool:
+        """More arrived than the response."""
+        return self._at < len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        """Decode what arrived."""
+        if self._decoding is None:
+            if self._decode_whole(data):
                 return
-        elif self.rest:
-            data = b"".join((self.rest, data))
-        at = 0
-        while not self.is_complete:
-            end = self._step(self, data, at)
-            if end == at:
-                break
-            at = end
-        self.rest = bytes(data[at:])
+            self._decoding = self._decode()
+        self._data, self._at = self._data[self._at :] + data, 0
+        next(self._decoding, None)
 
-    def _take_all(self, data: Any) -> bool:
-        """Take a successful response that has come as a whole, as nearly all do, in half of the time of the steps."""
-        end = data.find(b"\r\n\r\n")
-        if not (0 <= end <= _HEAD_LIMIT and data.startswith(b"HTTP/1.")):
+    def _decode_whole(self, data: bytes) -> bool:
+        """Decode a successful response that came as a whole, the usual case, in a third of the time."""
+        end = data.find(b"\r\n\r\n", 0, _HEAD_LIMIT)
+        if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
-        head, content = _decoded_head(data[:end], self._is_tunnel), data[end + 4 :]
-        if not head.is_success or head.is_chunked or not head.length == len(content) <= self._limit:
+        head, content = _HEADS[data[:end]], data[end + 4 :]
+        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
-        response = self.response = _Response(head)
-        response.content = content
-        self.is_reusable, self.is_complete = head.is_reusable, True
+        self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
 
-    def end(self, clean: bool) -> None:
-        """Decode the end of the connection."""
+    def end(self, loss: Exception | None) -> None:
+        """Decode the end of the connection; `loss` says why it was lost, if it was."""
         if self.response is None:
-            raise _LostError("the connection ended within the head" if self.rest else "it closed before an answer came")
-        if self.response.head.length != _ENDLESS or not clean:
+            raise _LostError(
+                "the connection ended within the head" if self._data else "it closed before an answer came"
+            )
+        if self._head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
-        self._complete(b"")
+        assert self._decoding is not None
+        self._decoding.close()
+        self._complete()
 
-    def _complete(self, last: bytes | memoryview) -> None:
-        if self._content is None:
-            self.response.content = bytes(last)  # most content comes at once
+    def _decode(self) -> Generator[None, None, None]:
+        for _ in range(_INTERIM_LIMIT + 1):  # of the interim responses, nothing is of use
+            head = self._head = _HEADS[(yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head"))]
+            if head.code >= 200:
+                break
         else:
-            self._content.write(last)
-            self.response.content = self._content.getvalue()
+            raise _ProtocolError("there were too many interim answers")
+        response = self.response = _Response(head)
+        self._content = io.BytesIO()  # its getvalue() shares the buffer: content is in memory once
+        if not response.is_success:
+            self._content_limit = _ERROR_LIMIT
+        try:
+            if head.is_chunked:
+                yield from self._chunked_content()
+            elif not (self._is_tunnel and response.is_success):
+                yield from self._sized_content(head.length)
+        except _ContentLimit:
+            response.is_cut, self._head = True, head._replace(keeps_alive=False)
+        self._complete()
+
+    def _complete(self) -> None:
+        assert self.response is not None
+        self.response.content = self._content.getvalue()
         self.is_complete = True
 
-    def _take_head(self, data: bytes, at: int) -> int:
-        """Take the head of a final response, or of an interim one, of which nothing is of use."""
-        begin = data[at : at + 16]
-        if not b"HTTP/1.".startswith(begin[:7]):
-            raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
-        end = self._find(b"\r\n\r\n", data, at, _HEAD_LIMIT, "the head")
-        if end < 0:
-            return at
-        head = _decoded_head(data[at:end], self._is_tunnel)
-        if head.code >= 200:
-            self.response, self.is_reusable, self._left = _Response(head), head.is_reusable, head.length
-            if not head.is_success:
-                self._limit = _ERROR_LIMIT
-            self._step = _Decoder._take_chunk_head if head.is_chunked else _Decoder._take_content
-        elif head.code == 101:
-            raise _ProtocolError("it switched to another protocol, which was not asked for")
-        else:
-            self._interim += 1
-            if self._interim > _INTERIM_LIMIT:
-                raise _ProtocolError("there were too many interim answers")
-        return end + 4
-
-    def _take_content(self, data: bytes | memoryview, at: int) -> int:
-        """Take what there is of content that has a length, or of a chunk; stop at the limit."""
-        piece = data[at : at + self._left]
-        size = len(piece)
-        self._left -= size
-        self.size += size
-        if self.size > self._limit:
-            piece, self.size = piece[: self._limit - self.size], self._limit  # without what is beyond it
-            self.response.is_cut, self.is_reusable = True, False
-            self._complete(piece)
-        elif self._left == 0 and not self.response.head.is_chunked:
-            self._complete(piece)
-        elif size:
-            self._content = self._content or io.BytesIO()
+    def _sized_content(self, length: float) -> Generator[None, None, None]:
+        """Decode so many bytes of content; infinity: up to the end of the connection."""
+        while length > 0:
+            if not self.has_rest:
+                yield
+            end = None if length == math.inf else self._at + int(length)
+            piece = self._data[self._at : end]
+            self._at += len(piece)
+            length -= len(piece)
             self._content.write(piece)
-            if self._left == 0:
-                self._step = _Decoder._take_chunk_end
-        return at + size
+            self.size += len(piece)
+            if self.size > self._content_limit:
+                raise _ContentLimit
 
-    def _take_chunk_head(self, data: bytes, at: int) -> int:
-        end = self._find(b"\r\n", data, at, _CHUNK_HEAD_LIMIT, "a chunk's head")
-        if end < 0:
-            return at
-        match = _CHUNK_HEAD.fullmatch(data, at, end)
-        if not match:
-            raise _ProtocolError(f"the size of a chunk is malformed: {data[at:end][:40]!r}")
-        self._left = int(match[1], 16)
-        self._step = _Decoder._take_content if self._left else _Decoder._take_trailer
-        return end + 2
+    def _chunked_content(self) -> Generator[None, None, None]:
+        """Decode content in the chunked transfer coding (RFC 9112, section 7.1)."""
+        size = -1
+        while size != 0:
+            head = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
+            match = _CHUNK_HEAD.fullmatch(head)
+            if not match:
+                raise _ProtocolError(f"the size of a chunk is malformed: {head[:40]!r}")
+            size = int(match[1], 16)
+            if size:
+                yield from self._sized_content(size)
+                yield from self._until(b"\r\n", 0, "the end of a chunk")
+        yield from self._skip_trailer()
 
-    def _take_chunk_end(self, data: bytes, at: int) -> int:
-        if self._find(b"\r\n", data, at, 0, "the end of a chunk") < 0:
-            return at
-        self._step = _Decoder._take_chunk_head
-        return at + 2
+    def _skip_trailer(self) -> Generator[None, None, None]:
+        """Check the trailer section, of which nothing is of use."""
+        self._at -= 2  # the line end of the last chunk's head: with it, even an empty section ends with two
+        section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
+        _field_lines(section[2:].decode("latin-1"))
 
-    def _take_trailer(self, data: bytes, at: int) -> int:
-        """Take the trailer section, of which nothing is of use: it ends with an empty line."""
-        begin = data[at : at + 2]
-        if begin in (b"", b"\r"):
-            return at
-        if begin == b"\r\n":
-            self._complete(b"")
-            return at + 2
-        end = self._find(b"\r\n\r\n", data, at, _HEAD_LIMIT, "the trailer section")
-        if end < 0:
-            return at
-        _decoded_fields(data[at:end].decode("latin-1").split("\r\n"))
-        self._complete(b"")
-        return end + 4
-
-    def _find(self, delimiter: bytes, data: bytes, at: int, limit: int, what: str) -> int:
-        """Return where a delimiter is; -1 if it is still to come."""
-        end = data.find(delimiter, at + self._searched, at + limit + len(delimiter))
-        if end >= 0:
-            self._searched = 0
-            return end
-        searched = max(0, len(data) - len(delimiter) + 1 - at)
-        if searched > limit:
-            raise _ProtocolError(f"{what} is longer than {limit} bytes")
-        if _BARE_LF.search(data, at + self._searched):
-            raise _ProtocolError(f"a line of {what} does not end with CRLF")
-        self._searched = searched
-        return -1
+    def _until(self, delimiter: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
+        """Return what comes before a delimiter, which is skipped."""
+        searched = 0
+        while True:
+            end = self._data.find(delimiter, self._at + searched, self._at + limit + len(delimiter))
+            if end >= 0:
+                found = self._data[self._at : end]
+                self._at = end + len(delimiter)
+                return found
+            arrived = len(self._data) - self._at
+            if arrived - len(delimiter) + 1 > limit:
+                raise _ProtocolError(f"{what} is longer than {limit} bytes")
+            if what == "the head":
+                _check_protocol(self._data[self._at : self._at + 16])
+            if _BARE_LF.search(self._data, self._at + searched):
+                raise _ProtocolError(f"a line of {what} does not end with CRLF")
+            searched = max(0, arrived - len(delimiter) + 1)
+            yield
 
 
-# A server's heads differ in little, and within a second often in nothing. With this cache a head that was seen before
-# takes 0.1 µs; one in which a line is new takes 4, with the cache of lines below, and else 6.
+def _check_protocol(begin: bytes) -> None:
+    """Look at the first bytes, so that what is not HTTP is known at once, and not waited for."""
+    if not b"HTTP/1.".startswith(begin[:7]):
+        raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
 
 
-@functools.lru_cache(maxsize=32)
-def _decoded_head(data: bytes, is_tunnel: bool) -> _Head:
-    line, *lines = data.decode("latin-1").split("\r\n")
+class _Heads(dict[bytes, _Head]):
+    """Decoded heads: those of a server are often the same, byte for byte, for a second.
+
+    By value, as cloudpickle sends a module, it is empty.
+    """
+
+    def __missing__(self, data: bytes) -> _Head:
+        if len(self) >= _HEADS_KEPT:
+            self.clear()
+        head = self[data] = _decoded_head(data)
+        return head
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Heads, ()
+
+
+_HEADS = _Heads()
+
+
+def _decoded_head(data: bytes) -> _Head:
+    line, _, section = data.decode("latin-1").partition("\r\n")
     match = _STATUS_LINE.fullmatch(line)
     if not match:
+        _check_protocol(data[:16])
         raise _ProtocolError(f"the status line is malformed: {line[:80]!r}")
-    is_old, code, field_lines = match[1] == "0", int(match[2]), _decoded_fields(lines)
+    is_old, code, reason, field_lines = match[1] == "0", int(match[2]), match[3] or "", _field_lines(section)
+    if code == 101:
+        raise _ProtocolError("it switched to another protocol, which was not asked for")
     fields = _combined(field_lines)
-    has_content = code >= 200 and code not in (204, 304) and not (is_tunnel and code < 300)
-    is_chunked, length = _framing(fields, is_old) if has_content else (False, 0)
+    if code < 200 or code in (204, 304):
+        is_chunked, length = False, 0.0
+    else:
+        is_chunked, length = _framing(fields, is_old)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
-    is_reusable = length < _ENDLESS and not is_old and "close" not in options
-    return _Head(code, match[3] or "", field_lines, fields, 200 <= code < 300, is_reusable, is_chunked, length)
+    keeps_alive = length < math.inf and not is_old and "close" not in options
+    return _Head(code, reason, field_lines, fields, keeps_alive, is_chunked, length)
 
 
-def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, int]:
-    """Return whether the content is chunked, and its length (see _Head): RFC 9112, section 6.3."""
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-    if coding is None:
-        return False, _ENDLESS if length is None else _decoded_length(length)
-    if is_old or length is not None or coding.lower() != "chunked":
-        raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
-    return True, 0
-
-
-def _decoded_fields(lines: list[str]) -> list[tuple[str, str]]:
+def _field_lines(section: str) -> list[tuple[str, str]]:
+    """Decode field lines; a fold in one is replaced with spaces (RFC 9112, section 5.2)."""
+    if "\r\n " in section or "\r\n\t" in section:
+        section = re.sub("\r\n[ \t]+", " ", section)
+    lines = section.split("\r\n") if section else []
     if len(lines) > _FIELD_LIMIT:
         raise _ProtocolError(f"there are more than {_FIELD_LIMIT} fields")
-    return [*map(_decoded_field, lines)]
-
-
-@functools.lru_cache(maxsize=64)
-def _decoded_field(line: str) -> tuple[str, str]:
-    match = _FIELD_LINE.fullmatch(line)
-    if not match:
-        raise _ProtocolError(f"a field line is malformed: {line[:80]!r}")
-    return match[1].lower(), match[2].strip(" \t")
+    fields = []
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise _ProtocolError(f"a field line is malformed: {line[:80]!r}")
+        fields.append((match[1].lower(), match[2].strip(" \t")))
+    return fields
 
 
 def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -1354,575 +1337,422 @@ def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
     return fields
 
 
+def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, float]:
+    """Return whether content is chunked, and its length, infinite up to the end of the connection.
+
+    RFC 9112, section 6.3.
+    """
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is None:
+        return False, math.inf if length is None else _decoded_length(length)
+    if is_old or length is not None or coding.lower() != "chunked":
+        raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
+    return True, 0
+
+
 def _decoded_length(value: str) -> int:
     """Decode Content-Length; repeated, it is valid if it says the same each time (RFC 9112, section 6.3)."""
-    length, *others = {length.strip(" \t") for length in value.split(",")} if "," in value else (value,)
+    length, *others = {length.strip(" \t") for length in value.split(",")}
     if others or not (length.isascii() and length.isdecimal() and len(length) <= 18):
         raise _ProtocolError(f"Content-Length {value[:40]!r} is not a length")
     return int(length)
 
 
-_TLS_RECORD = 16 * 1024  # the most that one record can hold
-_Move = Callable[[Union[bytes, memoryview], bool], Awaitable[Union[bytes, memoryview, None]]]  # see _Connection.move
-
-
-@contextlib.contextmanager
-def _tls_errors() -> Iterator[None]:
-    try:
-        yield
-    except ssl.SSLError as error:
-        raise _TlsError(f"TLS failed: {error}") from error
-
-
-class _Tls:
-    """TLS over the `move` of a connection, and as a `move` of its own."""
-
-    def __init__(self, context: ssl.SSLContext, host: str, move: _Move) -> None:
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        with _tls_errors():
-            self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._move = move
-        self.partial = b""  # what arrived of a record that is not complete
-        self._is_fresh = True  # what came with the end of the handshake may still be here, and not be decrypted
-        self._has_ended = False  # with a close_notify
-        self.lost: ssl.SSLError | None = None  # ended without, or broken
-
-    async def handshake(self) -> None:
-        is_done = False
-        while not is_done:
-            with _tls_errors(), contextlib.suppress(ssl.SSLWantReadError):
-                self._object.do_handshake()
-                is_done = True
-            received = await self._move(self._outgoing.read(), not is_done)
-            if received is not None:
-                self._put(received)
-
-    async def move(self, data: bytes | memoryview, waits: bool) -> bytes | memoryview | None:
-        """Do as `_Connection.move` says, over TLS."""
-        if data and self.is_open:
-            with _tls_errors():
-                self._object.write(data)
-        while self.is_open:
-            # What was written, or an answer of TLS's own: to new keys, say.
-            received = await self._move(self._outgoing.read(), waits and not self._is_fresh)
-            decrypted = self._decrypted(received) if received is not None or self._is_fresh else b""
-            self._is_fresh = False
-            if decrypted or not waits:
-                return decrypted or None
-        return b""
-
-    @property
-    def is_open(self) -> bool:
-        return not self._has_ended and self.lost is None
-
-    @property
-    def is_at_rest(self) -> bool:
-        """Nothing has begun to arrive."""
-        return self.is_open and not self.partial
-
-    def _decrypted(self, data: bytes | memoryview | None) -> bytes:
-        """Decrypt what arrived (None: before); it may come to nothing, as session tickets do."""
-        if data:
-            self._put(data)
-        pieces = []
-        try:
-            while not self._has_ended:
-                pieces.append(self._object.read(_TLS_RECORD))
-                self._has_ended = not pieces[-1]
-        except ssl.SSLWantReadError:
-            # Said here, since OpenSSL may have been told not to.
-            if data == b"":
-                self.lost = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection ended without a close_notify")
-        except ssl.SSLError as error:
-            self.lost = error
-        return b"".join(pieces)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        if not data:
-            self._incoming.write_eof()
-            return
-        self._incoming.write(data)
-        data, at = self.partial + data, 0
-        while len(data) >= at + 5:  # a record's header, with its length: RFC 8446, section 5.1
-            end = at + 5 + int.from_bytes(data[at + 3 : at + 5], "big")
-            if end > len(data):
-                break
-            at = end
-        self.partial = data[at:]
-
-
 # ---- Both clients ----------------------------------------------------------------------------------------------------
 
 
-_READ, _WRITE = getattr(select, "POLLIN", 1), getattr(select, "POLLOUT", 4)
+class _ConnectionEnd(Exception):  # noqa: N818 - an end need not be an error
+    """Nothing more can be received: the connection was closed, or lost, or could not be made.
 
-# Bytes to receive at a time, unless more are to come: then up to a _PIECE is received into room that is used again,
-# since to get new memory from the system for each takes a fifth of the time of a large download.
-_SMALL_PIECE = 16 * 1024
+    loss: why it was lost; None if it was closed properly.
+    """
 
-
-class _SelectPoll:
-    """select.poll where there is none, as on Windows, whose select() can watch any socket."""
-
-    def register(self, sock: socket.socket, events: int) -> None:
-        self._sock, self._events = sock, events
-
-    def poll(self, milliseconds: float) -> list[Any]:
-        reading, writing = ([self._sock] if self._events & event else [] for event in (_READ, _WRITE))
-        return [*itertools.chain(*select.select(reading, writing, writing, milliseconds / 1000))]
+    def __init__(self, loss: Exception | None) -> None:
+        super().__init__(loss)
+        self.loss = loss
 
 
 class _Connection:
-    """A connection over a non-blocking socket: what is said over it, and what became of it.
+    """A connection, and what is said over it. Each client has its own way to wait, in the verbs at the end."""
 
-    How to wait is for each client to say.
-    """
+    call: _Call  # whose request is being exchanged; an idle connection has none
 
-    def __init__(self, route: _Route, peer: str) -> None:
+    def __init__(self, route: _Route) -> None:
         self.route = route
-        self.peer = peer
-        self.call: _Call = None  # type: ignore[assignment]  # whose request is being exchanged; None: it is idle
-        self.is_reusable = False  # the last exchange left it fit for another one
+        self.peer = "{}:{}".format(*route.address)  # for the texts of errors
+        self.is_open = False
+        self.is_reusable = False  # the last exchange left the connection fit for another one
         self.idle_since = 0.0
-        self.has_sent = False  # some of the request that is being exchanged
-        self.lost: Exception | None = None  # why the connection ended, if not by a proper close
-        self._is_cut_short = False  # some of a request was never sent: the connection was lost, or the answer early
-        self._socket: socket.socket = None  # type: ignore[assignment]
-        self._process = os.getpid()
-        self._poll: Any = getattr(select, "poll", _SelectPoll)()
-        self._watched = 0  # the events that it looks for
-        self._unsent: bytes | memoryview = b""  # what was to be sent and is not yet, since the peer does not take it
-        self._room: memoryview | None = None  # to receive content into, of which a memoryview can be decoded
-        self._given = 0  # bytes of an upload, so far
-        self._moved = 0  # bytes of a file that the peer had taken, or sent, when progress was last seen
-        self._tls: _Tls | None = None
-
-    def _make_socket(self, address: Any) -> None:
-        family, kind, protocol, _, _ = address
-        self._socket = socket.socket(family, kind, protocol)
-        self._socket.setblocking(False)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_tls = False
 
     async def open(self, context: ssl.SSLContext | None) -> _Response | None:
-        """Make a way to the origin, through the proxy and TLS; return the proxy's refusal, if it refuses."""
-        route = self.route
+        """Go through the proxy and TLS; return the proxy's refusal, if it refuses."""
+        step = ""
         try:
-            if route.tunnel is not None:
-                refusal = await self._tunnel(route)
+            if self.route.tunnel is not None:
+                refusal = await self._open_tunnel(self.route)
                 if refusal is not None:
                     return refusal
             if context is not None:
-                host, _ = _host_and_port(route.tunnel or route.next_hop, 443)
-                self._tls = _Tls(context, host.partition("%")[0], self.move)
-                await self._tls.handshake()
+                step = "TLS failed: "
+                host, _ = _host_and_port(self.route.tunnel or self.route.next_hop, 443)
+                await self.start_tls(context, host.partition("%")[0])
+                self.is_tls = True
+        except _ConnectionEnd as end:
+            self.call.check(self.peer)
+            what = end.loss or "the connection was closed"
+            raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
-            cause = error.__cause__ or self.lost or error
-            raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from cause
+            raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
+        self.is_open = True
         return None
 
-    async def _tunnel(self, route: _Route) -> _Response | None:
+    async def _open_tunnel(self, route: _Route) -> _Response | None:
         host, port = _host_and_port(route.tunnel or "", 443)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        fields = {"Host": authority, "User-agent": _COMMON_FIELDS["User-agent"]}
+        fields = {"Host": authority, "User-agent": _USER_AGENT}
         if route.authorization:
             fields["Proxy-authorization"] = route.authorization
-        data = _encoded_head("CONNECT", authority, _encoded_fields(fields))
         decoder = _Decoder(_ERROR_LIMIT, is_tunnel=True)
-        while not decoder.is_complete:
-            received = await self.move(data, True)
-            data = b""
-            decoder.feed(received) if received else decoder.end(clean=self.lost is None)
-        response = decoder.response
+        self.send(_encoded_head("CONNECT", authority, fields))
+        response = await self._receive_response(decoder)
         if not response.is_success:
             return response
-        if decoder.rest:
+        if decoder.has_rest:
             raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
         return None
 
-    async def exchange(self, head: bytes) -> _Response:
+    async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
         """Send a request until it is sent or answered, and receive its response."""
-        call, tls = self.call, self._tls
-        request, move = call.request, tls.move if tls else self.move
-        body, decoder = request.body, _Decoder(request.content_limit)
-        self.has_sent = call.is_sending = call.is_receiving = False
+        call, decoder = self.call, _Decoder(math.inf if self.call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
+        self.has_sent = self.is_reusable = False
         try:
-            data = head + body if isinstance(body, bytes) else await self._upload(head, body, decoder, move)
-            while not decoder.is_complete:
-                if decoder.response is not None:
-                    self._see_content(decoder)
-                received = await move(data, True)
-                data = b""
-                decoder.feed(received) if received else decoder.end(clean=self._loss is None)
+            if isinstance(body, bytes):
+                self.send(head + body)
+                is_whole = True
+            else:
+                is_whole = await self._upload(head, body, decoder)
+                call.deadline.start_again("complete answer")
+            response = await self._receive_response(decoder)
         except _ProtocolError as error:
-            why = f" ({self._loss})" if self._loss else ""
-            cause = self._loss or error.__cause__ or error
-            raise BoxerConnectionError(f"{self.peer}: {error}{why}", self.has_sent) from cause
-        self._room = None  # which an idle connection does not need
-        was_sent = not (self._unsent or self._is_cut_short)
-        if decoder.response.is_success and not was_sent:
+            raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from error.__cause__ or error
+        finally:
+            call.was_sent = call.was_sent or self.has_sent
+        is_whole = is_whole and self.all_is_taken
+        if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.has_sent)
-        self.is_reusable = was_sent and decoder.is_reusable and not decoder.rest and (tls is None or tls.is_at_rest)
+        self.is_reusable = is_whole and decoder.is_reusable
+        return response
+
+    async def _upload(self, head: bytes, body: _Multipart, decoder: _Decoder) -> bool:
+        """Send a request until its answer comes, which may be early; return whether all of it was sent."""
+        pieces, deadline = body.pieces(), self.call.deadline
+        self.send(head + next(pieces))
+        deadline.start_again("progress")
+        try:
+            while (piece := await self.next_piece(body, pieces)) is not None:
+                self.send(piece)
+                while data := await self.drain():
+                    decoder.feed(data)
+                    if decoder.response is not None:
+                        return False
+                deadline.start_again("progress")
+        except _ConnectionEnd:  # `receive` will meet it, too
+            self.call.check(self.peer)
+            return False
+        self.send(body.end)
+        return True
+
+    async def _receive_response(self, decoder: _Decoder) -> _Response:
+        call, size, late_end = self.call, 0, math.inf
+        try:
+            while not decoder.is_complete:
+                decoder.feed(await self.receive())
+                if call.request.kind is _Kind.DOWNLOAD and decoder.size > size:
+                    size = decoder.size
+                    call.deadline.start_again("progress")
+                elif call.deadline.left <= 0:  # what has arrived by the deadline counts
+                    late_end = min(late_end, time.monotonic() + _LATE_TIME)
+                    if time.monotonic() >= late_end:
+                        call.check(self.peer)
+        except _ConnectionEnd as end:
+            call.check(self.peer)
+            self._decode_end(decoder, end.loss)
+        assert decoder.response is not None
         return decoder.response
 
-    @property
-    def _loss(self) -> Exception | None:
-        return self.lost or (self._tls.lost if self._tls else None)
-
-    async def _upload(self, head: bytes, upload: _Multipart, decoder: _Decoder, move: _Move) -> bytes | memoryview:
-        """Send a request up to its last piece, which is returned, or until its answer comes."""
-        pieces = upload.pieces(_PIECE if self._tls else _FILE_PIECE)  # TLS keeps room for two
-        data: bytes | memoryview = head + next(pieces)
-        self._given, self._moved, self.call.is_sending = len(data), 0, True
-        while decoder.response is None and not upload.is_given:
-            received = await move(data, False)
-            data = b""
-            if received is not None:
-                decoder.feed(received) if received else decoder.end(clean=self._loss is None)
-            elif not self._unsent:
-                data = await self.next_piece(upload, pieces)
-                self._given += len(data)
-        self._is_cut_short = self._is_cut_short or not upload.is_given
-        return data
-
-    def _see_content(self, decoder: _Decoder) -> None:
-        """Get ready for the rest of a response; push the deadline back if more of a file has arrived."""
-        call, response = self.call, decoder.response
-        call.is_sending, length = False, response.head.length
-        if self._room is None and response.is_success and decoder.size + _SMALL_PIECE < length < _ENDLESS:
-            self._room = memoryview(bytearray(min(length - decoder.size, _PIECE)))
-        if decoder.is_file and (not call.is_receiving or decoder.size > self._moved):
-            call.is_receiving, self._moved = True, decoder.size
-            call.moved()
-
-    async def move(self, data: bytes | memoryview, waits: bool) -> bytes | memoryview | None:
-        """Send bytes, and those that are still unsent; return what arrives. It is never empty but at the end: b"".
-
-        If it `waits`, then until something arrives; else until all is sent, and None if nothing has arrived by then. At
-        the end of the connection `lost` says whether it was lost. A memoryview is good until the next move.
-        """
-        if data:
-            self._send(b"".join((self._unsent, data)) if self._unsent else data)
-        call = self.call
-        while True:
-            if call.is_sending:
-                self._see_progress()
-            seconds = call.seconds_to_wait(self.peer)
-            if self.lost:
-                return self._receive() or b""  # nothing more arrives than has
-            if waits or self._unsent:
-                received = await self._arrival(seconds)
-            else:  # while a file is sent, the server may have refused it already
-                received = self._receive()
-            if received is not None or not (waits or self._unsent):
-                return received
-            self._send(self._unsent)
-
-    def _see_progress(self) -> None:
-        """Push the deadline back if the peer has taken some more of an upload."""
-        taken = self._given - len(self._unsent) - _in_transit(self._socket)
-        if taken > self._moved:
-            self._moved = taken
-            self.call.moved()
-
-    def _send(self, data: bytes | memoryview) -> None:
-        """Send what the peer takes; what it does not is `_unsent`."""
+    def _decode_end(self, decoder: _Decoder, loss: Exception | None) -> None:
+        """Complete a response that goes on to the end of the connection; raise _LostError for any other."""
+        if self.is_tls and loss is None:
+            # asyncio cannot tell whether TLS was closed properly or cut off, so neither client counts on it.
+            loss = _LostError("over TLS, the end of the connection is not known to be the end of the content")
         try:
-            while data:
-                sent = self._socket.send(data)
-                self.has_sent = True
-                data = memoryview(data)[sent:] if sent < len(data) else b""
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:  # what the server said before may still be there to be read
-            self.lost, self._is_cut_short = self.lost or error, True
-            data = b""
-        self._unsent = data
+            decoder.end(loss)
+        except _LostError as error:
+            raise _LostError(f"{error} ({loss})" if loss else str(error)) from loss
 
-    def _receive(self) -> bytes | memoryview | None:
-        """Return what has arrived, or None if nothing has."""
-        try:
-            if self._room is None:
-                return self._socket.recv(_SMALL_PIECE)
-            return self._room[: self._socket.recv_into(self._room)]
-        except (BlockingIOError, InterruptedError):
-            return None
-        except OSError as error:
-            self.lost = self.lost or error
-            return b""
+    def is_fit(self) -> bool:
+        """Tell whether an idle connection can be used: it is open, not idle for too long, and nothing has arrived."""
+        return time.monotonic() < self.idle_since + _IDLE_LIMIT and self.is_quiet()
 
-    def _events(self, events: int, seconds: float) -> list[Any]:
-        """Wait until the socket can be read, or written to, or has failed; return nothing if it did not come to it."""
-        if events != self._watched:
-            self._watched = events
-            self._poll.register(self._socket, events)
-        return self._poll.poll(1000 * seconds)  # type: ignore[no-any-return]
+    def begin(self, call: _Call) -> None:
+        """Serve a call: the connection is aborted when that is cancelled."""
+        self.call = call
+        call.cancellation.interrupt_by(self.abort)
 
-    def is_quiet(self) -> bool:
-        """Tell whether the connection is open, and nothing has arrived on it."""
-        return self._socket.fileno() >= 0 and not self._events(_READ, 0)
+    def end(self) -> None:
+        """Be idle, and keep nothing of what was sent."""
+        del self.call
 
-    def close(self) -> None:
-        """Close the connection at once, if it is open; in a forked child, just its copy: its parent goes on with it."""
-        if self._socket is not None:
-            if self._process == os.getpid():
-                self._shut_down()
-            self._socket.close()
+    # The verbs, which each client has in its own way. Those that wait raise _ConnectionEnd if that is in vain. A loss
+    # that is met by `send` is told by the next `drain` or `receive`, after what had arrived before it.
 
-    def abort(self) -> None:
-        """Break off what is going on over the connection, from another thread or task."""
-        self.lost = self.lost or ConnectionAbortedError("broken off by this client")
-        if self._socket is not None:
-            self._shut_down()
-
-    def _shut_down(self) -> None:
-        """Tell the peer that it is over, even if a forked child has a copy of the socket."""
-        with contextlib.suppress(OSError):  # it may be closed already
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    # What blocks in one client and awaits in the other.
-
-    async def connect(self, address: Any, seconds: float) -> None:
-        """Connect to one of the addresses that socket.getaddrinfo has returned; raise OSError if that fails."""
-        raise NotImplementedError
-
-    async def _arrival(self, seconds: float) -> bytes | memoryview | None:
-        """Wait for what arrives; None: nothing has in so many seconds, or more can be sent of what is unsent."""
-        raise NotImplementedError
-
-    async def next_piece(self, upload: _Multipart, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
-        """Return the next piece of content, which may have to be read from a file."""
-        raise NotImplementedError
+    connect: Callable[[Any, float], Awaitable[None]]  # to one of socket.getaddrinfo's addresses, within so many seconds
+    start_tls: Callable[[ssl.SSLContext, str], Awaitable[None]]  # with the host of this name
+    next_piece: Callable[[_Multipart, Iterator[_Piece]], Awaitable[Optional[_Piece]]]  # read it; None after the last
+    send: Callable[[_Piece], None]  # begin to send
+    drain: Callable[[], Awaitable[bytes]]  # wait until more can be sent, or something has arrived, which is returned
+    receive: Callable[[], Awaitable[bytes]]  # wait for something to arrive, and return it
+    is_quiet: Callable[[], bool]  # nothing has arrived, and the connection is open, as the socket itself tells
+    abort: Callable[[], None]  # end whatever waits on the connection, from another thread or task
+    close: Callable[[], None]  # at once; whether it is open or not
+    fileno: Callable[[], int]  # the socket's descriptor; -1 if there is none
+    all_is_taken: bool  # the system has taken all that was to be sent
+    has_sent = False  # some of the request that is being exchanged
 
 
-def _in_transit(sock: socket.socket) -> int:
-    """Return how many bytes the system has taken, and not got across, where it tells: it takes megabytes."""
+def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
+    """Wait until a socket can be read ("r") or written to ("w"), or has failed; return False if it takes too long."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(descriptor, (select.POLLIN if "r" in events else 0) | (select.POLLOUT if "w" in events else 0))
+        return bool(poll.poll(1000 * seconds))
+    # As on Windows, whose select() takes any socket, and tells of a connection that failed by the last list.
+    reading, writing = ([descriptor] if event in events else [] for event in "rw")
+    return any(select.select(reading, writing, writing, seconds))
+
+
+def _keep_alive(sock: Any) -> None:
+    """Have TCP find out within a minute that the peer, or a NAT between, has forgotten the connection."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Turn the failure of a system call into the end of the connection."""
     try:
-        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (AttributeError, OSError, ValueError):
-        return 0
+        yield
+    except OSError as error:
+        if not _is_of_the_system(error):
+            raise
+        raise _ConnectionEnd(error) from error
 
 
-# Seconds after which an idle connection is not used any more: servers and what stands before them close theirs after
-# 5 s or more, and a request that meets the close on its way is lost.
-_IDLE_LIMIT = 4.0
+def _is_of_the_system(error: OSError) -> bool:
+    """Tell whether a system call failed, or else a signal handler of the program raised this while it was made."""
+    if isinstance(error, (socket.gaierror, BoxerError)):
+        return not isinstance(error, BoxerError)
+    trace, modules = error.__traceback__, set()
+    while trace is not None:
+        modules.add(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        trace = trace.tb_next
+    return modules <= {__name__.partition(".")[0], "asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop"}
+
+
+_C = TypeVar("_C", bound=_Connection)
 
 
 class _Pool(Generic[_C]):
-    """The connections of a client: those that are idle, and those in use, each by one call.
+    """The connections of a client: at most `size` are in use at a time; further calls wait, first come first served.
 
-    An interrupt may come between any two steps of what the blocking client does. So what a call has, or waits for,
-    stands in these tables before it is had; `leave` and `pause` give it back, and if they were broken off, `mend` does.
+    A call has a turn while it is in `_busy`, with or without a connection as yet. `release` gives both back.
     """
 
     def __init__(self, size: int) -> None:
         self.is_closed = False
+        self.calls: set[_Call] = set()  # all that are going on, with a turn or not
         self._size = size
-        self._lock = threading.RLock()  # a Lock but for `mend`
-        self._idle: dict[_C, None] = {}  # a set, the one that was used last at the end
-        self._busy: dict[_Call, _C | None] = {}  # the calls that may have a connection, with the one that they have
-        self._waiting: collections.OrderedDict[_Call, Any] = collections.OrderedDict()  # the others, with their turns
-        self._pausing: set[_Call] = set()  # between two tries
+        self._lock = threading.RLock()  # a signal handler may use the client that it interrupts
+        self._busy: dict[_Call, _C | None] = {}
+        self._queue: dict[_Call, Any] = {}  # first come, first served; with the event that ends the wait
+        self._idle: collections.deque[_C] = collections.deque()  # the one that was used last at the right
+        _POOLS.add(self)
 
-    async def exchange(self, route: _Route, context: ssl.SSLContext | None, head: bytes, call: _Call) -> _Response:
+    async def exchange(
+        self, route: _Route, context: ssl.SSLContext | None, head: bytes, body: bytes | _Multipart, call: _Call
+    ) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
-            connection, turn = self._take(route, call)
-            if turn is not None:
-                await self._wait_for_turn(turn, call)
-                connection, _ = self._take(route, call)
-            if connection is not None:
+            connection = self._assign(route, call)
+            if not isinstance(connection, _Connection):
+                await self._wait_for_turn(call, connection)
+                connection = self._assign(route, call)
+            if connection.is_open:
                 try:
-                    return await connection.exchange(head)
+                    connection.begin(call)
+                    response: _Response = await connection.exchange(head, body)
+                    return response
                 except BoxerConnectionError as error:
-                    if not call.goes_once_more(error):
+                    if call.cancellation.reason or not (
+                        _is_harmless(call.request, error) and _can_be_sent(call.request)
+                    ):
                         raise
-                    connection.close()
-            connection = await self._connect(route, call)
-            return await connection.open(context) or await connection.exchange(head)
+                connection = self._replace(call, connection)
+            connection = await self._connected(connection, call)
+            return await connection.open(context) or await connection.exchange(head, body)
         finally:
-            self.leave(call)
+            self.release(call)
 
-    async def _wait_for_turn(self, turn: Any, call: _Call) -> None:
-        since = time.monotonic()
-        await self._wait(turn, call)
-        call.waited(time.monotonic() - since)
-        if call not in self._busy:
-            raise self._stopped(call, "while it waited for its turn")
+    def _replace(self, call: _Call, connection: _C) -> _C:
+        """Give a call a new connection in place of one that has failed."""
+        connection.close()
+        new = self._busy[call] = self._new_connection(connection.route)
+        return new
 
-    async def _wait(self, bell: Any, call: _Call, *seconds: float) -> None:
-        """Wait for a bell, unless the call is broken off."""
-        call.abort = lambda _: bell.set()
-        if not self.is_closed and call.left > 0:
-            await bell.wait(*seconds)
+    def _assign(self, route: _Route, call: _Call) -> Any:
+        """Return a connection for a call, an idle one or a new one; or else an event, for which it has to wait.
 
-    def leave(self, call: _Call) -> None:
-        """Take back what a call has: keep its connection if it may be used again, and let the next call have a turn."""
+        An idle connection is taken by one step, in which no signal handler can take it, too.
+        """
         with self._lock:
-            connection = self._busy.get(call)
-            if connection is not None and connection.call is call:
+            if call not in self._busy and len(self._busy) >= self._size:
+                event = self._queue[call] = self._new_event()
+                return event
+            self._busy[call] = None
+            while self._idle:
+                connection = self._idle.pop()
+                if connection.route == route and connection.is_fit():
+                    self._busy[call] = connection
+                    return connection
+                connection.close()
+            new = self._busy[call] = self._new_connection(route)
+            return new
+
+    async def _wait_for_turn(self, call: _Call, event: Any) -> None:
+        """Wait until `release` of another call hands over its turn; this time does not count."""
+        call.check(call.request.name)
+        since, seconds = time.monotonic(), self._seconds_to_wait(call)
+        call.cancellation.interrupt_by(event.set)
+        await event.wait(seconds)
+        if seconds is None:
+            call.deadline.postpone(time.monotonic() - since)
+        if call not in self._busy:
+            call.check(call.request.name)
+            raise AssertionError  # pragma: no cover
+
+    def release(self, call: _Call) -> None:
+        """Take back a call's turn and connection, or its place in the queue. Doing so twice does no harm."""
+        with self._lock:
+            call.cancellation.interrupt_by(None)
+            self._queue.pop(call, None)
+            connection = self._busy.pop(call, None)
+            if connection is not None:
                 self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
-                connection.call = None  # type: ignore[assignment]  # and with it what was sent
-            self._busy.pop(call, None)
-            if self._waiting:
-                self._waiting.pop(call, None)
-                self._let_go_on()
-
-    def _let_go_on(self) -> None:
-        """Let those who wait have their turns."""
-        while self._waiting:
-            following, turn = next(iter(self._waiting.items()))
-            if len(self._busy) >= self._size and following not in self._busy:
-                break
-            self._busy.setdefault(following)  # before it wakes and looks for itself there
-            turn.set()
-            del self._waiting[following]
-
-    def mend(self, call: _Call) -> None:
-        """Take back what an interrupted call has."""
-        self._pausing.discard(call)
-        self.leave(call)
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Release the lock if an interrupt has kept this thread from doing so, as it can on Python 3.9."""
-        with contextlib.suppress(RuntimeError):  # now it is not this thread's
-            while True:
-                self._lock.release()
+            while self._queue and len(self._busy) < self._size:
+                following, event = next(iter(self._queue.items()))
+                self._busy[following] = None
+                event.set()
+                self._queue.pop(following, None)
 
     def _keep(self, connection: _C) -> None:
-        """Keep an idle connection, and close one that has been idle for too long."""
+        """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
+        connection.end()
         connection.idle_since = time.monotonic()
-        self._idle[connection] = None
-        if len(self._idle) > 1 and next(iter(self._idle)).idle_since < connection.idle_since - _IDLE_LIMIT:
-            self._close_oldest()
+        self._idle.append(connection)
+        if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
+            self._idle.popleft().close()
 
-    def _close_oldest(self) -> None:
-        oldest = next(iter(self._idle))
-        oldest.close()
-        del self._idle[oldest]
-
-    def _take(self, route: _Route, call: _Call) -> tuple[_C | None, Any]:
-        """Return an idle connection that is fit for use, or a turn to wait for; if neither, the call may connect."""
-        while True:
-            with self._lock:
-                if len(self._busy) >= self._size and call not in self._busy:
-                    turn = self._waiting[call] = self._new_bell()  # first come, first served
-                    return None, turn
-                for connection in reversed(self._idle):
-                    if connection.route == route:
-                        break
-                else:
-                    self._busy[call] = None
-                    if len(self._idle) + len(self._busy) > self._size:  # with connections of other routes
-                        self._close_oldest()
-                    return None, None
-                connection.is_reusable = False
-                self._hold(call, connection)
-                del self._idle[connection]
-            if time.monotonic() < connection.idle_since + _IDLE_LIMIT and connection.is_quiet():
-                return connection, None
-            connection.close()
-
-    def _hold(self, call: _Call, connection: _C) -> None:
-        connection.call = call
-        self._busy[call] = connection
-        call.abort = self._break_off
-
-    def _break_off(self, call: _Call) -> None:
-        """Abort a call's connection, if it still is the call's."""
-        with self._lock:
-            connection = self._busy.get(call)
-            if connection is not None:  # pragma: no branch - the call may have none yet, or not any more
-                connection.abort()
-
-    def _stopped(self, call: _Call, peer: str) -> BoxerError:
-        """Return the error for a call that cannot go on: this client has been closed, or its time is up."""
-        if self.is_closed:
-            return BoxerConnectionError(f"{peer}: the client was closed", call.was_sent)
-        return call.timed_out(peer)
-
-    async def _connect(self, route: _Route, call: _Call) -> _C:
-        """Connect to the first of a name's addresses that lets it."""
-        host, port = _host_and_port(route.next_hop, _DEFAULT_PORTS["http" if route.tunnel else route.scheme])
-        peer, last = f"{host}:{port}", None
-        call.is_sending = call.is_receiving = False
-        addresses: Sequence[Any] = ()
+    async def _connected(self, connection: _C, call: _Call) -> _C:
+        """Connect to the first address that accepts; return the connection that did."""
+        last: Exception | None = None
+        call.check(connection.peer)
         try:
-            addresses = () if self.is_closed else await self._addresses(host, port, call)
-        except OSError as error:
-            last = error
-        for position, address in enumerate(addresses):
-            connection = self._new_connection(route, peer)
-            self._hold(call, connection)
-            if self.is_closed or call.left <= 0:  # looked at once it can be aborted, so that no `close` is missed
-                break
+            addresses = list(await self._addresses(*connection.route.address, call))
+        except _ConnectionEnd as end:
+            addresses, last = [], end.loss
+        while addresses:
+            call.check(connection.peer)
+            address = addresses.pop(0)
+            connection.begin(call)
             try:
-                await connection.connect(address, call.left / (len(addresses) - position))  # they share what is left
+                await connection.connect(address, min(call.deadline.left, _ADDRESS_TIME if addresses else math.inf))
                 return connection
-            except OSError as error:
-                connection.close()
-                last = error
-        if self.is_closed or call.left <= 0:
-            raise self._stopped(call, peer) from last
-        raise BoxerConnectionError(f"{peer}: no connection could be made: {last}", request_sent=False) from last
-
-    async def pause(self, call: _Call, seconds: float) -> None:
-        """Wait before the next try of a call, unless it is broken off."""
-        self._pausing.add(call)
-        try:
-            await self._pause(call, seconds)
-        finally:
-            self._pausing.discard(call)
-        if self.is_closed or call.left <= 0:
-            raise self._stopped(call, f"{call.request.method} {call.request.target.partition('?')[0]}")
+            except _ConnectionEnd as end:
+                last = end.loss
+                connection = self._replace(call, connection)
+        call.check(connection.peer)
+        message = f"{connection.peer}: no connection could be made: {last}"
+        raise BoxerConnectionError(message, request_sent=False) from last
 
     def close(self) -> None:
-        """Close what is idle, and break off what is going on."""
-        with self._lock:
-            self.is_closed = True
-            for connection in self._idle:
-                connection.close()
-            self._idle.clear()
-            calls = [*self._busy, *self._waiting, *self._pausing]
-        for call in calls:
-            call.break_off()
+        """Close what is idle, and end the calls that are going on."""
+        self.is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+        for call in list(self.calls):
+            call.cancellation.cancel("the client was closed")
 
-    def leave_to_parent(self) -> None:
-        """Close a forked child's copies of the connections; a thread that is not there may hold the lock."""
-        for connection in filter(None, (*self._busy.values(), *self._idle)):
-            connection.close()
+    def leave_to_parent(self, null: int) -> None:
+        """In a forked child, let go of the parent's connections, which goes on with them.
 
-    # What blocks in one client and awaits in the other.
+        /dev/null takes the place of each socket. Closing one would take it out of the epoll set of an event loop,
+        which the child shares with its parent. Only calls of the forking thread can go on here, to no avail.
+        """
+        self._lock = threading.RLock()  # a thread that is not here may hold the other one
+        connections = filter(None, (*self._busy.values(), *self._idle))
+        for descriptor in {connection.fileno() for connection in connections} - {-1}:
+            os.dup2(null, descriptor, inheritable=False)
+        self._of_parent = self._busy  # kept, so that nothing complains of an unclosed connection
+        self._busy = {call: own for call, own in self._busy.items() if call.thread == threading.get_ident()}
+        self._queue.clear()
+        self.calls = {call for call in self.calls if call.thread == threading.get_ident()}
 
-    _new_bell: type[Any]
-    _new_connection: type[_C]
+    # What each client has in its own way.
 
-    async def _pause(self, call: _Call, seconds: float) -> None:
-        raise NotImplementedError
+    _new_event: Callable[[], Any]  # to be set once, and waited for by one call
+    _new_connection: Callable[[_Route], _C]
+    _seconds_to_wait: Callable[[_Call], Optional[float]]  # for a turn; None: for ever, since that does not count
+    _addresses: Callable[[str, int, _Call], Awaitable[Iterable[Any]]]  # look up a name
+    pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
-        raise NotImplementedError
+
+class _Pools(weakref.WeakSet):  # type: ignore[type-arg]
+    """All pools of the process. By value, as cloudpickle sends a module, it is empty."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Pools, ()
+
+
+_POOLS = _Pools()
+
+
+def _leave_to_parent() -> None:
+    with Path(os.devnull).open("r+b", buffering=0) as null:
+        for pool in list(_POOLS):
+            pool.leave_to_parent(null.fileno())
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no forks
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Client:
     """What both clients have: their settings, and the tries of a call."""
 
-    # Dates, names of hosts, and pages of errors need these.
-    _modules: tuple[str, ...] = ("calendar", "email.utils", "encodings.idna", "encodings.utf_8_sig")
-    _opener: Any = None  # a BoxerClient's that has handlers
-
     def __init__(
         self,
-        base_url: str | None = None,
-        timeout: float | None = 120.0,
-        *,
-        retries: int = 2,
-        max_connections: int = 100,
-        headers: Mapping[str, str] | None = None,
-        ssl_context: ssl.SSLContext | None = None,
+        base_url: str | None,
+        timeout: float | None,
+        retries: int,
+        max_connections: int,
+        headers: Mapping[str, str] | None,
+        ssl_context: ssl.SSLContext | None,
     ) -> None:
-        _load(*self._modules)
         self._settings: dict[str, Any] = {
             "base_url": base_url,
             "timeout": _seconds("timeout", timeout),
@@ -1931,12 +1761,8 @@ class _Client:
             "headers": headers and dict(headers),
             "ssl_context": ssl_context,
         }
-        self._timeout, self._retries = self._settings["timeout"], self._settings["retries"]
-        origin = self._origin = _origin(base_url, headers or {})
-        self._route, fields = _route(origin.scheme, origin.next_hop, origin.tunnel, origin.fields)
-        self._lines = _encoded_fields(fields)
-        self._context = _tls_context(origin.scheme, ssl_context)
-        self._pools: dict[Any, Any] = {}  # by process, or by event loop
+        self._origin = _origin(base_url, headers or {})
+        self._context = _tls_context(self._origin.scheme, ssl_context)
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -1953,148 +1779,287 @@ class _Client:
             self._drop_connections()
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
-    def _drop_connections(self) -> None:
-        raise NotImplementedError
-
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError(f"{self!r} is closed")
 
-    def _call(self, request: _Request, timeout: float | None, retries: int | None) -> _Call:
+    def _new_call(
+        self, request: _Request, timeout: Timeout = _CLIENTS_OWN, cancellation: _Cancellation | None = None
+    ) -> _Call:
+        seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
+        return _Call(request, _Deadline(seconds + request.extra_time), cancellation or _Cancellation())
+
+    async def _exchange(
+        self,
+        request: _Request,
+        timeout: Timeout,
+        retries: int | None,
+        cancellation: _Cancellation | None = None,
+    ) -> _Response:
+        """Send a request, again if that is called for, and return the last response."""
         self._check_open()
-        seconds = self._timeout if timeout is _CLIENT_DEFAULT else _seconds("timeout", timeout)
         if retries is None:
-            retries = 0 if request.has_network else self._retries
+            retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
         else:
             _count("retries", retries, 0)
-        return _Call(request, seconds, retries)
+        tries = _Tries(request, retries)
+        call, pool = self._new_call(request, timeout, cancellation), self._current_pool()
+        pool.calls.add(call)
+        try:
+            if pool.is_closed:  # `close` ends the calls that had begun before
+                raise BoxerConnectionError("the client was closed", request_sent=False)
+            while True:
+                try:
+                    response = await self._send(pool, call)
+                    if response.is_success:
+                        return response
+                    pause = _pause_after(response, tries, call)
+                    if pause is None:
+                        return response
+                except BoxerConnectionError as error:
+                    pause = _pause_after(error, tries, call)
+                    error.request_sent = call.was_sent
+                    if pause is None:
+                        raise
+                await pool.pause(call, pause)
+                call.check(request.name)
+        finally:
+            pool.calls.discard(call)
 
-    async def _exchange(self, call: _Call) -> _Response:
-        pool, opener, request = self._current_pool(), self._opener, call.request
-        head = _encoded_head(request.method, self._origin.prefix + request.target, self._lines + request.lines)
-        while True:
-            try:
-                if opener is None:  # with one it would come to the same, in more steps
-                    response = await pool.exchange(self._route, self._context, head, call)
-                else:
-                    response = _sent_through(opener, self._origin, call, pool)
-                if response.is_success:
-                    return response
-                pause = call.pause_after(response)
-                if pause is None:
-                    return response
-                call.was_sent = True
-            except BoxerConnectionError as error:
-                pause = None if pool.is_closed else call.pause_after(error)
-                error.request_sent = call.was_sent = call.was_sent or error.request_sent
-                if pause is None:
-                    raise
-            await pool.pause(call, pause)
+    # What each client has in its own way.
 
-    def _current_pool(self) -> _Pool[Any]:
-        raise NotImplementedError
+    _current_pool: Callable[[], _Pool[Any]]
+    _drop_connections: Callable[[], None]
+    _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
 def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
     if scheme == "http":
         return None
-    _load("ssl")
     return context or ssl.create_default_context()
+
+
+def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call: _Call) -> float | None:
+    """Return the seconds to wait before another try, which the log is told of; None: there is no other."""
+    pause, log_level = tries.after(outcome) or (math.inf, 0)
+    if pause >= call.deadline.left:
+        return None
+    call.check(call.request.name)
+    reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
+    _LOG.log(log_level, "%s: %s; trying again in %.2f s", call.request.name, reason[:200], pause)
+    return pause
 
 
 # ---- Sync client -----------------------------------------------------------------------------------------------------
 
 
-def _now(function: Callable[..., Coroutine[Any, Any, _T]], *args: Any) -> _T:
-    """Run a coroutine of the blocking client: what it awaits blocks, so that it ends at the first step."""
+def _run_to_completion(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine of the blocking client in one step: whatever it awaits blocks, and does not suspend it."""
     try:
-        function(*args).send(None)
+        coroutine.send(None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # what the coroutine returns
-    raise AssertionError("a coroutine of the blocking client has waited")  # pragma: no cover
+    raise AssertionError("a coroutine of the blocking client was suspended")  # pragma: no cover
 
 
 class _SyncConnection(_Connection):
+    """A connection over a non-blocking socket, or ssl's socket, which is waited for by poll()."""
+
+    def __init__(self, route: _Route) -> None:
+        super().__init__(route)
+        self._socket: Any = None
+        self._unsent = memoryview(b"")
+        self._loss: Exception | None = None  # why nothing can be sent any more
+
     async def connect(self, address: Any, seconds: float) -> None:
-        self._make_socket(address)
-        with contextlib.suppress(BlockingIOError):
-            self._socket.connect(address[4])
-        if self.lost is None and not self._events(_WRITE, max(0.001, seconds)):
-            raise socket.timeout("timed out")
-        if self.lost is not None:  # by an `abort` that was too early to shut anything down, say
-            raise self.lost
-        error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
+        family, kind, protocol, _, socket_address = address
+        with _system_errors():
+            sock = self._socket = socket.socket(family, kind, protocol)
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
+        code = sock.connect_ex(socket_address)
+        if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            is_done = self._loss is None and _wait_for(sock.fileno(), "w", max(0.001, seconds))
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if is_done else errno.ETIMEDOUT
+        if code or self._loss is not None:
+            raise _ConnectionEnd(self._loss or OSError(code, os.strerror(code)))
 
-    async def _arrival(self, seconds: float) -> bytes | memoryview | None:
-        return self._receive() if self._events(_READ | _WRITE if self._unsent else _READ, seconds) else None
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        with _system_errors():
+            tls = self._socket = context.wrap_socket(
+                self._socket, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+            while True:
+                try:
+                    return tls.do_handshake()
+                except ssl.SSLWantReadError:
+                    self._wait("r")
+                except ssl.SSLWantWriteError:
+                    self._wait("w")
 
-    async def next_piece(self, upload: _Multipart, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
-        return next(pieces)
+    async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
+        return next(pieces, None)
+
+    @property
+    def all_is_taken(self) -> bool:  # type: ignore[override]
+        return not self._unsent
+
+    def send(self, data: _Piece) -> None:
+        self._unsent = memoryview(data)  # whatever came before has been taken
+        self._send_unsent()
+
+    def _send_unsent(self) -> str:
+        """Send as much as the system takes; return what has to be waited for before more can be sent."""
+        try:
+            while self._unsent and self._loss is None:
+                sent = self._socket.send(self._unsent)
+                self.has_sent = True
+                self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS has to be told something first
+        except OSError as error:
+            if not _is_of_the_system(error):
+                raise
+            self._loss = self._loss or error
+        return ""
+
+    async def drain(self) -> bytes:
+        while True:
+            events = self._send_unsent()
+            data = self._received()
+            if data or not self._unsent:
+                return data
+            self._wait("r" + events)
+
+    async def receive(self) -> bytes:
+        while True:
+            events = self._send_unsent()
+            if self._loss is None:
+                self._wait("r" + events)
+            data = self._received()
+            if data:
+                return data
+
+    def _received(self) -> bytes:
+        """Return what has arrived, b"" if nothing has."""
+        try:
+            data: bytes = self._socket.recv(_RECEIVE_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if self._loss is not None:  # nothing more arrives than has
+                raise _ConnectionEnd(self._loss) from None
+            return b""
+        except OSError as error:
+            if not _is_of_the_system(error):
+                raise
+            self._loss = self._loss or error
+            raise _ConnectionEnd(self._loss) from error
+        if not data:
+            raise _ConnectionEnd(self._loss)
+        return data
+
+    def _wait(self, events: str) -> None:
+        """Wait for the socket, until the deadline."""
+        while not _wait_for(self.fileno(), events, max(0.0, self.call.deadline.left)):
+            self.call.check(self.peer)
+
+    def is_quiet(self) -> bool:
+        return self._socket is not None and not _wait_for(self.fileno(), "r", 0)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._shut_down(self._socket)
+            self._socket.close()
+
+    def abort(self) -> None:
+        self._loss = self._loss or ConnectionAbortedError("broken off by this client")
+        if self._socket is not None:
+            self._shut_down(self._socket)
+
+    def _shut_down(self, sock: socket.socket) -> None:
+        """Tell the peer that it is over, even if a forked child has a copy of the socket."""
+        with contextlib.suppress(OSError):  # the connection may be closed already
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would forget its TLS, which may be in use
+
+    def fileno(self) -> int:
+        return -1 if self._socket is None else self._socket.fileno()
 
 
-class _Bell:
-    """A threading.Event that an interrupt cannot break."""
+class _SyncEvent:
+    """An event that is set once. Unlike threading.Event, it can be set by a signal handler within its own wait."""
 
     def __init__(self) -> None:
-        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def set(self) -> None:
-        self._rings.put(None)
+        self._queue.put(None)
 
     async def wait(self, seconds: float | None = None) -> None:
         with contextlib.suppress(queue.Empty):
-            self._rings.get(timeout=seconds)
+            self._queue.get(timeout=seconds)
 
 
 class _SyncPool(_Pool[_SyncConnection]):
-    """The connections of a BoxerClient within one process."""
+    """The connections of a BoxerClient."""
 
-    _new_bell = _Bell
+    _new_event = _SyncEvent
     _new_connection = _SyncConnection
 
-    async def _pause(self, call: _Call, seconds: float) -> None:
-        await self._wait(_Bell(), call, seconds)
+    def _seconds_to_wait(self, call: _Call) -> float | None:
+        """Let the wait count in a call that its own thread made within another one, which then cannot go on."""
+        outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
+        if sum(other in self._busy for other in outer) == self._size:
+            what = "no connection can get free: this call was made within others of its thread, which use all of them"
+            raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _NoTurnError()
+        return max(0.0, call.deadline.left) if outer else None
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    async def pause(self, call: _Call, seconds: float) -> None:
+        event = _SyncEvent()
+        call.cancellation.interrupt_by(event.set)
+        await event.wait(seconds)
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+        with _system_errors():
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
-class _ConnectionHandler:
-    """What an opener sends requests with, over the connections of a client: to it, a urllib.request.BaseHandler."""
+class _OpenerRequest(urllib.request.Request):
+    """A request of a call, as the handlers of an opener know requests."""
 
-    handler_order = 500  # by which others find their places before or behind it
+    def __init__(self, origin: _Origin, call: _Call) -> None:
+        request, host = call.request, _host_and_port(origin.authority, 0)[0]
+        super().__init__(origin.url + request.target, origin_req_host=host, method=request.method)
+        self.data: Any = request.body or None
+        self.headers = {**origin.fields, **request.headers}
+        if origin.proxy is not None:
+            self.set_proxy(origin.proxy, "http")
+        self.call = call
 
-    def __init__(self, context: ssl.SSLContext | None) -> None:
-        self._context = context
 
-    def add_parent(self, parent: Any) -> None:
-        self.parent = parent
+class _ConnectionHandler(urllib.request.BaseHandler):
+    """The handler of an opener that sends requests over a client's connections."""
 
-    def http_open(self, request: Any) -> _Response:
-        """Send a request that other handlers may have changed; its `timeout` is the pool and the _Call."""
-        pool, call = request.timeout
-        fields = {**request.headers, **request.unredirected_hdrs}
-        if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
-            raise BoxerValidationError("a part of the request's head has a control character in it")
-        tunnel = request._tunnel_host  # noqa: SLF001 - urllib has no other name for it
-        route, fields = _route(request.type, request.host, tunnel, fields)
-        head = _encoded_head(request.get_method(), request.selector, _encoded_fields(fields))
-        context = _tls_context(route.scheme, self._context)
-        response: _Response = _now(pool.exchange, route, context, head, call)
-        call.was_sent = True  # if a handler sends another request for this one
-        return response
+    handler_order = 1000  # behind handlers that a user adds, any of which may answer in its place
+
+    def __init__(self, client: BoxerClient) -> None:
+        self._client = weakref.ref(client)
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        """Send a request as other handlers have left it, which may have made it themselves."""
+        client = self._client()
+        assert client is not None
+        return client._open(request)  # noqa: SLF001 - the handler is a part of its client
 
     https_open = http_open
 
-    def http_response(self, request: Any, response: Any) -> Any:
+    def http_response(self, request: urllib.request.Request, response: Any) -> Any:
         """Offer an error to the handlers that a user has added, such as one that answers a 401."""
         if 200 <= response.code < 300:
             return response
         try:
-            return self.parent.error("http", request, response, response.code, response.msg, response.info())
-        except ValueError:  # urllib's own raise it for a challenge that they cannot read
+            reason = getattr(response, "msg", "")
+            return self.parent.error("http", request, response, response.code, reason, response.info())
+        except ValueError:  # urllib's own handlers raise it for a challenge that they cannot read
             return response
 
     https_response = http_response
@@ -2109,13 +2074,13 @@ class BoxerClient(_Client):
     base_url: of the server, as http:// or https://. It may have credentials (sent as `Authorization: Basic`), a path
         prefix, an IPv6 address. Default: $BOXER_URL, then http://localhost:8080.
     timeout: seconds to wait for an answer as a whole; a run's `wall_clock_secs` is added. For the content of a file,
-        up or down, it is the time without progress instead. None waits for ever.
+        up or down, it bounds the time without progress instead. None waits for ever.
     retries: how often to try again after the server has said that a request is over or never began (429, 503, its own
         500), or could not be reached. 0 also turns off what makes up for the server's race between short runs.
     max_connections: how many there may be at once; further calls wait, which does not count against their timeout.
     headers: header fields to add to each request.
     ssl_context: for https, in place of the default one: with a private CA, say, or a client certificate.
-    handlers: of urllib.request, to send requests through: for digest authentication, or cookies.
+    handlers: urllib.request handlers to add to the opener that sends each request: for digest authentication, say.
 
     The proxy for the server, if any, is what the environment names (http_proxy, https_proxy, no_proxy).
 
@@ -2126,26 +2091,22 @@ class BoxerClient(_Client):
 
     def __init__(
         self,
-        base_url: str | None = None,
-        timeout: float | None = 120.0,
+        base_url: Optional[str] = None,
+        timeout: Optional[float] = 120.0,
         *,
         retries: int = 2,
         max_connections: int = 100,
-        headers: Mapping[str, str] | None = None,
-        ssl_context: ssl.SSLContext | None = None,
+        headers: Optional[Mapping[str, str]] = None,
+        ssl_context: Optional[ssl.SSLContext] = None,
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
         handlers = _checked_handlers(handlers)
-        super().__init__(
-            base_url,
-            timeout,
-            retries=retries,
-            max_connections=max_connections,
-            headers=headers,
-            ssl_context=ssl_context,
-        )
+        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
         self._settings["handlers"] = handlers
-        self._opener = _opener(handlers, self._context) if handlers else None
+        self._pool = _SyncPool(max_connections)
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (_ConnectionHandler(self), *map(copy.copy, handlers)):  # a handler belongs to one opener
+            self._opener.add_handler(handler)
 
     def __enter__(self) -> BoxerClient:
         self._check_open()
@@ -2156,45 +2117,27 @@ class BoxerClient(_Client):
 
     def close(self) -> None:
         """Close all connections; calls that are going on in other threads end with BoxerConnectionError."""
-        try:
-            self._drop_connections()
-        except BaseException:
-            self._current_pool().unlock()
-            raise
+        self._drop_connections()
         self._is_closed = True
 
-    def _drop_connections(self) -> None:
-        self._current_pool().close()
-
-    def _current_pool(self) -> _SyncPool:
-        """Return the pool of this process: in a forked child, its parent goes on with the connections."""
-        process = os.getpid()
-        pool: _SyncPool | None = self._pools.get(process)
-        if pool is None:
-            pool = self._pools.setdefault(process, _SyncPool(self._settings["max_connections"]))
-            for other in set(self._pools) - {process}:
-                with contextlib.suppress(KeyError):  # another thread has been here
-                    self._pools.pop(other).leave_to_parent()
-        return pool
-
-    def health(self, *, timeout: float | None = _CLIENT_DEFAULT, retries: int = 0) -> bool:
+    def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return self._answer(self._call(_HEALTH_REQUEST, timeout, retries)).is_success
+        return self._answer(_HEALTH_REQUEST, timeout, retries).is_success
 
     def run(
         self,
         image: str,
         cmd: Sequence[str],
         *,
-        env: Mapping[str, str] | Iterable[str] | None = None,
-        cwd: str | None = None,
-        limits: ResourceLimits | Mapping[str, Any] | None = None,
-        files: Sequence[str] | None = None,
+        env: Optional[Environment] = None,
+        cwd: Optional[str] = None,
+        limits: Optional[Limits] = None,
+        files: Optional[Sequence[str]] = None,
         persist: bool = False,
-        network: str | None = None,
+        network: Optional[str] = None,
         check: bool = False,
-        timeout: float | None = _CLIENT_DEFAULT,
-        retries: int | None = None,
+        timeout: Timeout = _CLIENTS_OWN,
+        retries: Optional[int] = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
 
@@ -2204,7 +2147,7 @@ class BoxerClient(_Client):
         cwd: the working directory, made if it does not exist. Default: /.
         limits: ResourceLimits, or a mapping with the same keys.
         files: paths of uploaded files or folders, which the sandbox has read-only at /<path>.
-        persist: keep `files` and what was written to /output; else both are deleted after a successful run.
+        persist: keep `files` and what was written to /output; otherwise both are deleted when the run ends by itself.
         network: "none" (the default), "sandbox" or "host". With a network a run is sent only once, unless `retries`
             is given here, since it may have been seen from outside.
         check: raise BoxerExitError if the exit code is not 0.
@@ -2213,27 +2156,27 @@ class BoxerClient(_Client):
         stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
         """
         request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
-        return _run_result(self._answer(self._call(request, timeout, retries)), check)
+        return _run_result(self._answer(request, timeout, retries), check)
 
     def upload_file(
-        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
     ) -> None:
         """Upload content into the server's store.
 
         remote_path: below the store, with `/` between folders, which are made; what is there is replaced.
-        content: bytes, text (sent as UTF-8), or a binary file, streamed from its start if it can be sought.
+        content: bytes, text (sent as UTF-8), or a binary file, streamed from its start if it can be rewound.
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        _check_uploaded(self._answer(self._call(_upload_request(remote_path, content), timeout, retries)))
+        _check_uploaded(self._answer(_upload_request(remote_path, content), timeout, retries))
 
     def upload_path(
         self,
-        local_path: str | os.PathLike[str],
-        remote_path: str | None = None,
+        local_path: Union[str, os.PathLike[str]],
+        remote_path: Optional[str] = None,
         *,
-        timeout: float | None = _CLIENT_DEFAULT,
-        retries: int | None = None,
+        timeout: Timeout = _CLIENTS_OWN,
+        retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
 
@@ -2246,35 +2189,70 @@ class BoxerClient(_Client):
         self._check_open()
         files = _local_files(local_path, remote_path)
 
-        def upload(file: tuple[Path, str], begin: Callable[[_Call], None]) -> None:
+        def upload(file: _LocalFile, cancellation: _Cancellation) -> None:
             with _opened(file[0]) as content:
-                call = self._call(_upload_request(file[1], content), timeout, retries)
-                begin(call)
-                _check_uploaded(self._answer(call))
+                _check_uploaded(self._answer(_upload_request(file[1], content), timeout, retries, cancellation))
 
-        _for_each(upload, files)
+        uploads, count = _Uploads(upload, files), min(len(files), _UPLOADS_AT_A_TIME)
+        if count < 2:
+            uploads.work()  # without a thread, which cannot start when the interpreter exits
+        else:
+            with ThreadPoolExecutor(count) as executor:
+                try:
+                    list(executor.map(lambda _: uploads.work(), range(count)))
+                except BaseException as error:  # noqa: BLE001 - an interrupt: it is raised once all threads have ended
+                    uploads.fail(error)
+        if uploads.failures:
+            raise uploads.failures[0]
         return [remote for _, remote in files]
 
-    def download_file(self, path: str, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None) -> bytes:
+    def download_file(self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _file_content(self._answer(self._call(_download_request(path), timeout, retries)))
+        return _file_content(self._answer(_download_request(path), timeout, retries))
 
-    def _answer(self, call: _Call) -> _Response:
+    def _answer(self, *args: Any) -> _Response:
+        return _run_to_completion(self._exchange(*args))
+
+    def _drop_connections(self) -> None:
+        self._pool.close()
+
+    def _current_pool(self) -> _SyncPool:
+        return self._pool
+
+    async def _send(self, _pool: Any, call: _Call) -> _Response:
+        """Send a request through the opener; its handlers may change it, or answer it themselves."""
+        seconds = call.deadline.left
         try:
-            return _now(self._exchange, call)
-        except BoxerError:
-            raise
-        except BaseException:
-            self._current_pool().mend(call)
-            raise
+            response = self._opener.open(_OpenerRequest(self._origin, call), timeout=seconds)
+        except urllib.error.HTTPError as error:  # raised by a handler that the user has added; it is a response
+            response = error
+        except urllib.error.URLError as error:
+            raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
+        return response if isinstance(response, _Response) else _adopted(response, self._origin.authority)
 
-
-def _opener(handlers: Iterable[Any], context: ssl.SSLContext | None) -> Any:
-    _load("email.message", "urllib.request")
-    opener = urllib.request.OpenerDirector()
-    for handler in (_ConnectionHandler(context), *map(copy.copy, handlers)):  # each belongs to one opener
-        opener.add_handler(handler)
-    return opener
+    def _open(self, request: urllib.request.Request) -> Any:
+        """Send a request of the opener's over a connection; the handler calls this."""
+        call: _Call | None = getattr(request, "call", None)
+        if call is None:  # a handler of the user's has made it, and expects urllib's own kind of response
+            call = self._new_call(_Request(request.get_method(), request.selector, {}, b""))
+        fields = {**request.headers, **request.unredirected_hdrs}
+        if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
+            raise BoxerValidationError("a part of the request's head has a control character in it")
+        tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
+        route, fields = _route(request.type, request.host, tunnel, fields)
+        body: Any = request.data or b""
+        fields.setdefault("Host", request.host)
+        if isinstance(body, bytes) and body:
+            fields.setdefault("Content-length", str(len(body)))
+        head = _encoded_head(request.get_method(), request.selector, fields)
+        context = self._context if request.type == self._origin.scheme else _tls_context(request.type, None)
+        response = _run_to_completion(self._pool.exchange(route, context, head, body, call))
+        if isinstance(request, _OpenerRequest):
+            return response
+        content, url = io.BytesIO(response.content), request.full_url
+        made = urllib.response.addinfourl(content, response.info(), url, response.code)
+        made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
+        return made
 
 
 def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
@@ -2286,234 +2264,322 @@ def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
     return handlers
 
 
-def _sent_through(opener: Any, origin: _Origin, call: _Call, pool: _Pool[Any]) -> _Response:
-    """Send a request through an opener, to its handlers' liking."""
-    body: Any = call.request.body or None
-    own_fields = dict(line.split(": ") for line in call.request.lines.splitlines())
-    fields = {**origin.fields, **own_fields}
-    url, method = origin.url + call.request.target, call.request.method
-    request: Any = urllib.request.Request(url, body, fields, method=method)  # noqa: S310 - its scheme was checked
-    request.host, request.selector = origin.next_hop, origin.prefix + call.request.target
-    request._tunnel_host = origin.tunnel  # noqa: SLF001 - urllib has no other name for it
-    try:
-        response = opener.open(request, timeout=(pool, call))  # which handlers pass on untouched
-    except urllib.error.HTTPError as error:  # only from a handler that the user has added, as any other response
-        response = error
-    except urllib.error.URLError as error:
-        raise BoxerConnectionError(f"{origin.authority}: {error.reason}") from error
-    try:
-        return response if isinstance(response, _Response) else _adopted(response)
-    except OSError as error:
-        raise BoxerConnectionError(f"{origin.authority}: {error}") from error
-
-
-def _adopted(response: Any) -> _Response:
+def _adopted(response: Any, authority: str) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
     lines = [(name.lower(), value) for name, value in response.headers.items()]
-    is_success = 200 <= response.code < 300
-    adopted = _Response(_Head(response.code, str(response.reason), lines, _combined(lines), is_success))
-    if response.fp is not None:
-        with response:
-            adopted.content = response.read()
-    return adopted
-
-
-_AT_A_TIME = 8  # files, when a folder is sent
-
-
-def _for_each(function: Callable[[_T, Callable[[_Call], None]], None], items: Sequence[_T]) -> None:
-    """Call a function for each item, several at a time; when one fails, or the caller is interrupted, end them all.
-
-    The function announces each of its calls with what it gets as its second argument.
-    """
-    remaining, is_over = iter(items), threading.Event()
-    calls: dict[int, _Call] = {}  # by thread
-    failures: list[BaseException] = []
-
-    def begin(call: _Call) -> None:
-        calls[threading.get_ident()] = call
-        if is_over.is_set():
-            call.cancel()
-
-    def end() -> None:
-        is_over.set()
-        for call in list(calls.values()):
-            call.cancel()
-
-    def work() -> None:
-        for item in itertools.takewhile(lambda _: not is_over.is_set(), remaining):
-            try:
-                function(item, begin)
-            except BaseException as error:  # noqa: BLE001 - the first is raised in the caller's thread
-                failures.append(error)
-                end()
-
-    _in_threads(work, min(_AT_A_TIME, len(items)), end)
-    if failures:
-        raise failures[0]
-
-
-def _in_threads(work: Callable[[], None], count: int, end: Callable[[], None]) -> None:
-    """Do a work in several threads; if this one is interrupted, end it, and wait for them all the same."""
-    threads = [threading.Thread(target=work) for _ in range(count)]
+    reason = getattr(response, "reason", None) or getattr(response, "msg", "")
+    content = b""
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        end()
-        for thread in threads:
-            if thread.is_alive():  # one that has yet to begin will find nothing to do
-                thread.join()
-        raise
+        if getattr(response, "fp", None) is not None:
+            with response:
+                content = response.read()
+    except OSError as error:
+        raise BoxerConnectionError(f"{authority}: {error}") from error
+    return _Response(_Head(response.code, str(reason or ""), lines, _combined(lines)), content)
+
+
+class _Uploads:
+    """Uploads of several files, in as many threads as call `work`; when one fails, the others are ended."""
+
+    def __init__(self, upload: Callable[[_LocalFile, _Cancellation], None], files: Iterable[_LocalFile]) -> None:
+        self.failures: list[BaseException] = []
+        self._upload = upload
+        self._remaining = iter(files)
+        self._active: set[_Cancellation] = set()
+
+    def work(self) -> None:
+        for file in self._remaining:
+            cancellation = _Cancellation()
+            self._active.add(cancellation)
+            if self.failures:  # looked at once `fail` can find the cancellation
+                return
+            try:
+                self._upload(file, cancellation)
+            except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
+                self.fail(error)
+            self._active.discard(cancellation)
+
+    def fail(self, error: BaseException) -> None:
+        self.failures.append(error)
+        for cancellation in list(self._active):
+            cancellation.cancel("broken off, since another file could not be uploaded")
 
 
 # ---- Async client ----------------------------------------------------------------------------------------------------
 
 
-class _AsyncConnection(_Connection):
-    """A connection whose socket an event loop watches.
+class _Protocol(asyncio.StreamReaderProtocol):
+    """A stream's protocol that keeps what came before a loss, and tells when something happens.
 
-    Without asyncio's streams and transports: they cannot say what came before a reset, nor tell a TLS connection that
-    was cut off from one that was closed; and they add steps to each call.
+    asyncio's own hides what has arrived as soon as the connection is lost.
     """
 
-    def __init__(self, route: _Route, peer: str) -> None:
-        super().__init__(route, peer)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.reader = asyncio.StreamReader(_PIECE, loop)
+        super().__init__(self.reader, loop=loop)
+        self.transport: asyncio.Transport | None = None
+        self.arrived = self.received = 0  # bytes that came from the transport, and that were read of them
+        self.has_ended = False
+        self.loss: Exception | None = None
+        self.can_take_more = True
+        self._happening: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.arrived += len(data)
+        super().data_received(data)
+        self._tell()
+
+    def eof_received(self) -> bool | None:
+        self.has_ended = True
+        self._tell()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._receive_rest()
+        self.has_ended, self.loss = True, self.loss or exc
+        super().connection_lost(None)
+        self._tell()
+
+    def _receive_rest(self) -> None:
+        """Receive what had arrived when a write failed, for the transport has not; over TLS that cannot be had."""
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return
+        # uvloop's sockets cannot be copied.
+        with contextlib.suppress(OSError, TypeError), self.transport.get_extra_info("socket").dup() as sock:
+            while self.arrived - self.received < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
+                self.arrived += len(data)  # pragma: no cover - it takes an answer between a look and a write
+                self.reader.feed_data(data)  # pragma: no cover
+
+    def pause_writing(self) -> None:
+        self.can_take_more = False
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.can_take_more = True
+        super().resume_writing()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._happening is not None and not self._happening.done():
+            self._happening.set_result(None)
+
+    async def happening(self) -> None:
+        """Wait until something arrives, the connection ends, or the transport can take more."""
+        self._happening = asyncio.get_running_loop().create_future()
+        await self._happening
+
+
+class _AsyncConnection(_Connection):
+    """A connection over asyncio's streams."""
+
+    def __init__(self, route: _Route) -> None:
+        super().__init__(route)
         self._loop = asyncio.get_running_loop()
-        self._is_read = False  # the loop looks for what arrives
-        # uvloop tells of data that came with a reset, and then of nothing any more, if it is not asked anew each time.
-        self._is_told_once = type(self._loop).__module__.startswith("uvloop")
-        self._waiter: asyncio.Future[bytes | memoryview | None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+        self._tcp = self._protocol = _Protocol(self._loop)  # of TCP, and of TLS over it, if there is any
+        self._writers: list[asyncio.StreamWriter] = []  # the same two; if one is collected, it closes the connection
+        self._alarm = _Alarm(self)
 
     async def connect(self, address: Any, seconds: float) -> None:
-        self._make_socket(address)
-        await _within(seconds, self._loop.sock_connect(self._socket, address[4]), self.call)
+        family, _, protocol, _, (host, port, *more) = address
+        zone = f"%{more[1]}" if more and more[1] else ""  # of an IPv6 address
+        connecting = self._loop.create_connection(
+            lambda: self._tcp, host + zone, port, family=family, proto=protocol, flags=socket.AI_NUMERICHOST
+        )
+        with _system_errors():
+            await _within(seconds, connecting, self.call)
+        self._add_writer(self._tcp)
+        _keep_alive(self._writers[0].get_extra_info("socket"))
 
-    async def next_piece(self, upload: _Multipart, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview:
-        if not upload.may_block:
-            await asyncio.sleep(0)  # for other tasks
-            return next(pieces)
-        reading = self._loop.run_in_executor(None, next, pieces)
-        try:
-            return await _within(self.call.left, reading, self.call)
-        except _Late as error:
-            if self.call.left <= 0:
-                raise self.call.timed_out(self.peer) from error
-            raise BoxerConnectionError(f"{self.peer}: broken off by this client", self.has_sent) from error
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        if context.protocol == ssl.PROTOCOL_TLS_SERVER:
+            raise _ConnectionEnd(ssl.SSLError("ssl_context is one for servers"))
+        tcp, protocol = self._writers[0].transport, _Protocol(self._loop)
 
-    async def _arrival(self, seconds: float) -> bytes | memoryview | None:
-        try:
-            if not self._is_read:
-                self._loop.add_reader(self._socket, self._on_readable)
-                self._is_read = True
-            if self._unsent:
-                self._loop.add_writer(self._socket, self._on_writable)
-        except NotImplementedError:
-            return await self._looked_for(seconds)
-        self._set_alarm(seconds)
-        self._waiter = self._loop.create_future()
-        try:
-            return await self._waiter
-        finally:
-            self._waiter = None
+        async def start() -> None:
+            transport = await self._loop.start_tls(
+                tcp, protocol, context, server_hostname=host, ssl_handshake_timeout=_LONGEST_WAIT
+            )
+            if transport is not None:  # it may be None before Python 3.11, if the connection was aborted meanwhile
+                protocol.connection_made(transport)
+                self._protocol = protocol
+            if transport is None or self._tcp.loss is not None:
+                raise ConnectionAbortedError("the connection was closed")
 
-    async def _looked_for(self, seconds: float) -> bytes | memoryview | None:
-        """Look again and again, where the loop cannot watch a socket, as on Windows by default."""
-        end, pause = time.monotonic() + seconds, 0.0005
-        while (received := self._receive()) is None and time.monotonic() < end:
-            pause = min(1.5 * pause, 0.03)
-            await asyncio.sleep(pause)
-            if self._unsent:
-                break
-        return received
+        with _system_errors():
+            # To cancel the start would lose the new transport if it is there just then.
+            await _within(self.call.deadline.left, start(), self.call, tcp.abort)
+        self._add_writer(protocol)
 
-    def _on_readable(self) -> None:
-        """Receive at once what somebody waits for, so that the loop does not find it again before that task runs."""
-        waiter = self._waiter
-        if waiter is None or self._is_told_once:
-            self._is_read = False
-            self._loop.remove_reader(self._socket)
-        if waiter is None:
-            if self.call is None:
-                self.close()  # the peer has, or said what nobody asked for
-        elif not waiter.done():
-            waiter.set_result(self._receive())
+    def _add_writer(self, protocol: _Protocol) -> None:
+        assert protocol.transport is not None
+        self.call.cancellation.interrupt_by(self.abort)
+        self._writers.append(asyncio.StreamWriter(protocol.transport, protocol, protocol.reader, self._loop))
 
-    def _on_writable(self) -> None:
-        self._loop.remove_writer(self._socket)
-        self._wake(None)
+    async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
+        piece: _Piece | None
+        if body.is_in_memory:
+            await asyncio.sleep(0)  # let other tasks run
+            piece = next(pieces, None)
+        else:
+            piece = await _in_thread(self.call, next, pieces, None)
+            self.call.cancellation.interrupt_by(self.abort)
+        for _ in range(
+            0 if self.is_quiet() else 2
+        ):  # let the loop receive an early answer: a write that fails loses it
+            await asyncio.sleep(0)
+        return piece
 
-    def _wake(self, received: bytes | None) -> None:
-        if self._waiter is not None and not self._waiter.done() and not self._loop.is_closed():
-            self._waiter.set_result(received)
+    def send(self, data: _Piece) -> None:
+        self._writers[-1].write(data)
+        self.has_sent = self.has_sent or not self._writers[0].is_closing()
 
-    def _set_alarm(self, seconds: float) -> None:
-        """See that there is an alarm in time: an earlier one may be left of another call."""
-        deadline = self._loop.time() + seconds
-        if self._alarm is None or self._alarm.when() > deadline:
-            self._end_alarm()
-            self._alarm = self._loop.call_at(deadline, self._ring)
+    @property
+    def all_is_taken(self) -> bool:  # type: ignore[override]
+        # A transport that is closing has forgotten what it had not sent, but not that this was too much for it.
+        unsent = (writer.transport.get_write_buffer_size() for writer in self._writers)
+        return self._protocol.can_take_more and (self._writers[0].is_closing() or not any(unsent))
 
-    def _ring(self) -> None:
-        self._alarm = None
-        self._wake(None)
+    async def drain(self) -> bytes:
+        while not self._protocol.can_take_more and not self._has_arrived:
+            await self._protocol.happening()
+        return await self.receive() if self._has_arrived else b""
 
-    def _end_alarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+    async def receive(self) -> bytes:
+        data = await self._protocol.reader.read(_PIECE)
+        if not data:
+            raise _ConnectionEnd(self._protocol.loss)
+        self._protocol.received += len(data)
+        return data
 
-    def _shut_down(self) -> None:
-        self._end_alarm()
-        if self._socket.fileno() >= 0 and not self._loop.is_closed():
-            with contextlib.suppress(NotImplementedError):
-                self._loop.remove_reader(self._socket)
-                self._loop.remove_writer(self._socket)
-        super()._shut_down()
+    @property
+    def arrived(self) -> int:
+        """How many bytes the loop has received."""
+        return self._protocol.arrived
+
+    @property
+    def _has_arrived(self) -> bool:
+        """Something can be received, or the end of the connection."""
+        return self._protocol.arrived > self._protocol.received or self._protocol.has_ended
+
+    def is_quiet(self) -> bool:
+        # The loop may have been too busy to look.
+        return not self._has_arrived and self.fileno() >= 0 and not _wait_for(self.fileno(), "r", 0)
+
+    def begin(self, call: _Call) -> None:
+        super().begin(call)
+        self._alarm.set(call.deadline)
+
+    def end(self) -> None:
+        super().end()
+        self._alarm.deadline = None
+
+    def close(self) -> None:
+        self._alarm.stop()
+        for protocol in (self._protocol, self._tcp):
+            if protocol.transport is not None:
+                with contextlib.suppress(RuntimeError):  # the loop may be closed
+                    protocol.transport.abort()
+                if not self._loop.is_running():  # and so does not close the socket, which uvloop lets nobody else do
+                    with contextlib.suppress(OSError, TypeError, NotImplementedError):
+                        protocol.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def abort(self) -> None:
-        super().abort()
+        self._protocol.loss = self._protocol.loss or ConnectionAbortedError("broken off by this client")
         self.close()
-        self._wake(b"")
+
+    def fileno(self) -> int:
+        if self._tcp.transport is None or self._tcp.transport.is_closing():
+            return -1
+        return int(self._tcp.transport.get_extra_info("socket").fileno())
 
 
-class _Late(socket.timeout):
-    """It was not done in time, or was broken off."""
+class _Alarm:
+    """Aborts a connection at the deadline of its call.
+
+    What has arrived by then counts, even if the loop was too busy to look. So while more is received at each turn of
+    the loop, the alarm waits for the next turn; and for two without, since a loop may look at its timers first.
+    A timer that is left of an earlier call is used again if it rings in time: it finds the new deadline.
+    """
+
+    def __init__(self, connection: _AsyncConnection) -> None:
+        self.deadline: _Deadline | None = None  # None: the connection is idle
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._arrived, self._quiet_turns = -1, 0
+
+    def set(self, deadline: _Deadline) -> None:
+        self.deadline, self._quiet_turns, left = deadline, 0, max(0.0, deadline.left)
+        if self._timer is None or self._timer.when() > self._loop.time() + left:
+            self.stop()
+            self._timer = self._loop.call_later(left, self._ring)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self.deadline is None:
+            return
+        left, arrived = self.deadline.left, self._connection.arrived
+        self._quiet_turns = self._quiet_turns + 1 if left <= 0 and arrived == self._arrived else 0
+        self._arrived = arrived
+        if self._quiet_turns > 1:
+            self._connection.abort()
+        else:
+            self._timer = self._loop.call_later(max(0.0, left), self._ring)
 
 
-async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call) -> _T:
-    """Do what asyncio.wait_for does, which before Python 3.12 can lose a cancellation; let the call be broken off."""
+async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Callable[[], Any] | None = None) -> _T:
+    """Do what asyncio.wait_for does, which can lose a cancellation before Python 3.12; let the call be cancelled, too.
+
+    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the awaitable; by default it is cancelled.
+    """
     task = asyncio.ensure_future(awaitable)
-    abort, is_broken_off = call.abort, False
-
-    def break_off(_: _Call) -> None:
-        nonlocal is_broken_off
-        is_broken_off = True  # even if the task is done, and this one is yet to hear of it
-        with contextlib.suppress(RuntimeError):  # the loop may be closed
-            task.cancel()
-
-    call.abort = break_off
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the loop reports what nobody asks for
+    interrupt = end or task.cancel
+    call.cancellation.interrupt_by(lambda: task.get_loop().is_closed() or interrupt())
     try:
-        await asyncio.wait((task,), timeout=seconds)
+        done, _ = await asyncio.wait((task,), timeout=max(0.0, seconds))
+    except GeneratorExit:  # nobody waits for the call any more, so it cannot wait either
+        if not task.get_loop().is_closed():
+            interrupt()
+        raise
+    except BaseException:
+        await _ended(task, interrupt)
+        raise
     finally:
-        call.abort = abort
-        if not task.done() and not task.get_loop().is_closed():
-            task.cancel()
-            await asyncio.wait((task,))
-        # Asking for it is what keeps the loop from reporting it.
-        error = task.exception() if task.done() and not task.cancelled() else None
-    if task.cancelled() or is_broken_off:
-        raise _Late("timed out")
-    if error is not None:
-        raise error
+        call.cancellation.interrupt_by(None)
+    if not done:
+        await _ended(task, interrupt)
+    if not done or task.cancelled() or call.cancellation.reason is not None:
+        raise _ConnectionEnd(TimeoutError("timed out"))
     return task.result()
 
 
-class _AsyncBell:
-    """A bell that may ring when its event loop has been closed, and nobody waits for it any more."""
+async def _ended(task: asyncio.Future[Any], end: Callable[[], Any]) -> None:
+    """End a task, and wait until it is over."""
+    if not task.done() and not task.get_loop().is_closed():
+        end()
+        await asyncio.wait((task,))
+
+
+async def _in_thread(call: _Call, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
+    if not threading.main_thread().is_alive():
+        return function(*args)  # pragma: no cover - coverage is not measured any more by then
+    return await _within(call.deadline.left, asyncio.get_running_loop().run_in_executor(None, function, *args), call)
+
+
+class _AsyncEvent:
+    """An event that is set once, perhaps when its loop has been closed and nobody waits any more."""
 
     def __init__(self) -> None:
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -2523,26 +2589,37 @@ class _AsyncBell:
             with contextlib.suppress(RuntimeError):
                 self._future.set_result(None)
 
-    async def wait(self) -> None:
+    async def wait(self, _: None) -> None:
         await self._future
 
 
 class _AsyncPool(_Pool[_AsyncConnection]):
     """The connections of an AsyncBoxerClient within one event loop."""
 
-    _new_bell = _AsyncBell
-    _new_connection = _AsyncConnection
-
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.process = os.getpid()
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
+        self._is_of_parent = False  # this process is a forked child
 
-    async def _pause(self, call: _Call, seconds: float) -> None:
-        if not self.is_closed:
-            with contextlib.suppress(_Late):
-                await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
+    _new_event = _AsyncEvent
+    _new_connection = _AsyncConnection
+
+    def _seconds_to_wait(self, call: _Call) -> None:
+        return None
+
+    async def pause(self, call: _Call, seconds: float) -> None:
+        with contextlib.suppress(_ConnectionEnd):
+            await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
+
+    async def _addresses(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+        await self._end_of_loop.__anext__()  # let the generator begin
+        with _system_errors():
+            if host == "localhost":
+                return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # this takes no time and no thread
+            with contextlib.suppress(socket.gaierror):  # the same goes for an address
+                return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            return await _in_thread(call, _look_up, host, port)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """Close the connections of a client that was not closed before the loop is.
@@ -2555,26 +2632,27 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         finally:
             self.close()
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> Sequence[Any]:
-        await self._end_of_loop.__anext__()  # begin
-        with contextlib.suppress(socket.gaierror):  # an address, which needs no thread to look it up
-            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return await _within(call.left, self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), call)
-
     async def aclose(self) -> None:
         await self._end_of_loop.aclose()
         self.close()
 
     def abandon(self) -> None:
         """Close everything from another loop, or after the end of this one."""
-        if self.process != os.getpid():
-            self.leave_to_parent()  # and the loop too is the parent's
+        if self._is_of_parent:
             return
         if self.loop.is_running():
             with contextlib.suppress(RuntimeError):  # it has been closed meanwhile
                 self.loop.call_soon_threadsafe(self.close)
                 return
         self.close()
+
+    def leave_to_parent(self, null: int) -> None:
+        super().leave_to_parent(null)
+        self._is_of_parent = True
+
+
+def _look_up(host: str, port: int) -> Iterable[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class AsyncBoxerClient(_Client):
@@ -2585,7 +2663,23 @@ class AsyncBoxerClient(_Client):
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
 
-    _modules = (*_Client._modules, "asyncio", "concurrent.futures.thread")  # noqa: SLF001 - of its base
+    def __init__(
+        self,
+        base_url: Optional[str] = None,
+        timeout: Optional[float] = 120.0,
+        *,
+        retries: int = 2,
+        max_connections: int = 100,
+        headers: Optional[Mapping[str, str]] = None,
+        ssl_context: Optional[ssl.SSLContext] = None,
+    ) -> None:
+        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
+        origin = self._origin
+        tunnel = origin.authority if origin.proxy and origin.scheme == "https" else None
+        self._route, self._fields = _route(origin.scheme, origin.proxy or origin.authority, tunnel, origin.fields)
+        # A proxy is asked for a whole URL (RFC 9112, section 3.2.2), unless it has opened a tunnel.
+        self._prefix = origin.url if origin.proxy and not tunnel else origin.path
+        self._pools: dict[asyncio.AbstractEventLoop, _AsyncPool] = {}
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()
@@ -2602,52 +2696,62 @@ class AsyncBoxerClient(_Client):
         if pool is not None:
             await pool.aclose()
 
-    def _drop_connections(self) -> None:
-        for pool in list(self._pools.values()):
-            pool.abandon()
-
-    async def health(self, *, timeout: float | None = _CLIENT_DEFAULT, retries: int = 0) -> bool:
-        """See `BoxerClient.health`."""
-        return (await self._exchange(self._call(_HEALTH_REQUEST, timeout, retries))).is_success
+    async def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
+        """Return True if the server says that it is well, False if it answers anything else."""
+        return (await self._exchange(_HEALTH_REQUEST, timeout, retries)).is_success
 
     async def run(
         self,
         image: str,
         cmd: Sequence[str],
         *,
-        env: Mapping[str, str] | Iterable[str] | None = None,
-        cwd: str | None = None,
-        limits: ResourceLimits | Mapping[str, Any] | None = None,
-        files: Sequence[str] | None = None,
+        env: Optional[Environment] = None,
+        cwd: Optional[str] = None,
+        limits: Optional[Limits] = None,
+        files: Optional[Sequence[str]] = None,
         persist: bool = False,
-        network: str | None = None,
+        network: Optional[str] = None,
         check: bool = False,
-        timeout: float | None = _CLIENT_DEFAULT,
-        retries: int | None = None,
+        timeout: Timeout = _CLIENTS_OWN,
+        retries: Optional[int] = None,
     ) -> RunResult:
-        """See `BoxerClient.run`."""
+        """Run a command in a new sandbox and return what came of it.
+
+        The parameters and the errors are those of `BoxerClient.run`: `image` and `cmd`, `env` as a mapping or a list
+        of `NAME=value`, `cwd`, `limits`, `files` that were uploaded, `persist` to keep files and outputs, `network`,
+        and `check` to raise BoxerExitError if the exit code is not 0. A run that is cancelled is killed.
+        """
         request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
-        return _run_result(await self._exchange(self._call(request, timeout, retries)), check)
+        return _run_result(await self._exchange(request, timeout, retries), check)
 
     async def upload_file(
-        self, remote_path: str, content: Content, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
     ) -> None:
-        """See `BoxerClient.upload_file`; a file is read in a thread."""
-        _check_uploaded(await self._exchange(self._call(_upload_request(remote_path, content), timeout, retries)))
+        """Upload content into the server's store: bytes, text (sent as UTF-8), or a binary file.
+
+        A file is read in a thread, and streamed from its start if it can be rewound. What is at `remote_path` is
+        replaced. Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
+        """
+        _check_uploaded(await self._exchange(_upload_request(remote_path, content), timeout, retries))
 
     async def upload_path(
         self,
-        local_path: str | os.PathLike[str],
-        remote_path: str | None = None,
+        local_path: Union[str, os.PathLike[str]],
+        remote_path: Optional[str] = None,
         *,
-        timeout: float | None = _CLIENT_DEFAULT,
-        retries: int | None = None,
+        timeout: Timeout = _CLIENTS_OWN,
+        retries: Optional[int] = None,
     ) -> list[str]:
-        """See `BoxerClient.upload_path`."""
-        self._check_open()
-        files = await asyncio.get_running_loop().run_in_executor(None, _local_files, local_path, remote_path)
+        """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
 
-        async def upload(file: tuple[Path, str]) -> None:
+        Several files are sent at a time. Raises BoxerValidationError, before anything is sent, for what is neither file
+        nor folder, and for a link that leaves the folder, leads nowhere, or to a folder it is in.
+        """
+        self._check_open()
+        walk = self._new_call(_HEALTH_REQUEST, None)  # nothing is sent yet: this has no deadline
+        files = await _in_thread(walk, _local_files, local_path, remote_path)
+
+        async def upload(file: _LocalFile) -> None:
             with _opened(file[0]) as content:
                 await self.upload_file(file[1], content, timeout=timeout, retries=retries)
 
@@ -2655,21 +2759,31 @@ class AsyncBoxerClient(_Client):
         return [remote for _, remote in files]
 
     async def download_file(
-        self, path: str, *, timeout: float | None = _CLIENT_DEFAULT, retries: int | None = None
+        self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
     ) -> bytes:
-        """See `BoxerClient.download_file`."""
-        return _file_content(await self._exchange(self._call(_download_request(path), timeout, retries)))
+        """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
+        return _file_content(await self._exchange(_download_request(path), timeout, retries))
+
+    def _drop_connections(self) -> None:
+        for pool in list(self._pools.values()):
+            pool.abandon()
 
     def _current_pool(self) -> _AsyncPool:
         loop = asyncio.get_running_loop()
-        pool: _AsyncPool | None = self._pools.get(loop)
-        if pool is None or pool.is_closed or pool.process != os.getpid():
+        pool = self._pools.get(loop)
+        if pool is None or pool.is_closed:
             for other, stale in list(self._pools.items()):
-                if other is loop or not other.is_running() or stale.process != os.getpid():
+                if other is loop or not other.is_running():
                     self._pools.pop(other, None)  # another thread may have been here
                     stale.abandon()
             pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"])
         return pool
+
+    async def _send(self, pool: Any, call: _Call) -> _Response:
+        request = call.request
+        head = _encoded_head(request.method, self._prefix + request.target, {**self._fields, **request.headers})
+        response: _Response = await pool.exchange(self._route, self._context, head, request.body, call)
+        return response
 
 
 async def _for_each_async(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
@@ -2680,7 +2794,7 @@ async def _for_each_async(function: Callable[[_T], Awaitable[None]], items: Iter
         for item in remaining:
             await function(item)
 
-    tasks = [asyncio.ensure_future(work()) for _ in range(_AT_A_TIME)]
+    tasks = [asyncio.ensure_future(work()) for _ in range(_UPLOADS_AT_A_TIME)]
     try:
         await asyncio.gather(*tasks)
     finally:

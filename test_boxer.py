@@ -7,12 +7,14 @@ alone. On purpose it shares no code with boxer.py, or both would share their mis
 
     python3 test_boxer.py serve     keeps a server up and prints the BOXER_URL to use
     python3 test_boxer.py demo      starts one, walks through the client, and prints what comes back
-    python3 test_boxer.py soak      calls it through faults for ten minutes, and checks what comes back
     python3 -m pytest               runs the tests (only this needs something installed: pytest)
 
 From top to bottom: sandboxes, running a program, Go's ways with text, the store, requests, the server, the
-command line, the soak, the tests. BOXER_SANDBOX (gVisor, bubblewrap, namespaces, none) chooses the sandbox; with a real
-server's BOXER_URL the tests of the contract are put to that.
+command line; then the tests: what holds for all of them, helpers and how to add a test, the contract of the server,
+the sections of boxer.py in their order, programs on the stand-in, real proxies, the work of a call, the README.
+
+BOXER_SANDBOX (gVisor, bubblewrap, namespaces, none) chooses the sandbox. BOXER_URL names a real server; then the tests
+of the contract, and those that run programs, are run against that one.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -20,29 +22,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import email.errors
 import email.utils
 import functools
-import gc
 import http
 import http.server
 import io
 import ipaddress
-import itertools
 import json
-import logging
-import math
-import mmap
 import os
-import pickle
 import posixpath
-import queue
 import random
 import re
-import select
 import selectors
 import shlex
 import shutil
@@ -50,18 +43,14 @@ import signal
 import socket
 import socketserver
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import uuid
-import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 NOBODY = 65534
@@ -1299,20 +1288,14 @@ _INSTALL = "No sandbox works here: install gVisor (runsc), bubblewrap (bwrap) or
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve, demonstrate, or soak."""
+    """Serve, or demonstrate."""
     parser = argparse.ArgumentParser(description="A stand-in for a Boxer server.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve_parser = commands.add_parser("serve", help="keep a server up until Ctrl-C")
     serve_parser.add_argument("--port", type=int, default=0, help="default: any free one")
     serve_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
     commands.add_parser("demo", help="start a server and walk through the client")
-    soak_parser = commands.add_parser("soak", help="call it through faults for long, and check what comes back")
-    soak_parser.add_argument("--minutes", type=float, default=10, help="default: 10")
-    soak_parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default: any")
-    soak_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
     options = parser.parse_args(arguments)
-    if options.command == "soak":
-        return soak(options.minutes, options.seed, unsafe=options.unsafe)
     return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
 
 
@@ -1453,805 +1436,6 @@ open("/output/subdir/file.bin", "wb").write(bytes(range(256)))
 """
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The soak
-#
-# The calls of both clients go to the server through an injector of faults. What is done to a call is drawn
-# beforehand, so that it is known what it may come to. Anything else is an offence:
-#
-#     wrong     a value that is not the one asked for, an error of a foreign class, a connection used again that
-#               must not be, a POST sent again although the first may have been carried out
-#     lost      a call that hangs, or fails although nothing was done to it that explains this
-#     leaked    what outlives the clients: descriptors, threads, tasks, connections, runs, memory
-# ------------------------------------------------------------------------------------------------------------
-
-FIN, RST, HOLD = "FIN", "RST", "HOLD"  # how a script ends the connection; HOLD leaves that to the client
-_PATIENCE = 20.0  # seconds, for calls that nothing holds up
-_GROWTH = 64  # MiB that this process may gain after its first minute
-_IMAGE = "python:3.12-slim"
-_METHODS = {"POST run": "run", "POST files": "upload_file", "GET files": "download_file", "GET healthz": "health"}
-
-
-def _told(answer: bytes, *fields: bytes, line: bytes = b"", content: bytes | None = None) -> bytes:
-    """Return an answer whose length is told by these fields alone, perhaps with another status line or content."""
-    head, _, own = answer.partition(b"\r\n\r\n")
-    lines = head.split(b"\r\n")
-    if _CHUNKED in lines:
-        own = Content(io.BytesIO(own), None).rest()
-    others = [other for other in lines[1:] if not re.match(rb"(?i)content-length|transfer-encoding", other)]
-    sized = [field.replace(b"<size>", b"%d" % len(own)) for field in fields]
-    return b"\r\n".join([line or lines[0], *others, *sized, b"", own if content is None else content])
-
-
-def _pieces(data: bytes, pick: random.Random) -> list[bytes]:
-    cuts = sorted(pick.randrange(len(data) + 1) for _ in range(pick.randrange(1, 20)))
-    return [data[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(data)])]
-
-
-def _chunks(answer: bytes, pick: random.Random) -> bytes:
-    pieces = filter(None, _pieces(_told(answer).partition(b"\r\n\r\n")[2], pick))
-    chunks = [b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
-    return _told(answer, _CHUNKED, content=b"".join([*chunks, pick.choice([b"0\r\n\r\n", b"00\r\nA: b\r\n\r\n"])]))
-
-
-def _mutated(answer: bytes, pick: random.Random) -> bytes:
-    """Change bytes of the head, but neither the status nor one length into another, which nobody could notice."""
-    end, length = answer.index(b"\r\n\r\n") + 4, re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9, \t]*)\r\n")
-    while True:
-        data = bytearray(answer)
-        for _ in range(pick.randrange(1, 4)):
-            data[pick.choice([*range(8), *range(13, end)])] = pick.randrange(256)
-        was, now = length.search(answer), length.search(data)
-        if not now or (was and now[1] == was[1]):
-            return bytes(data)
-
-
-def _page(status: int, pick: random.Random, *fields: bytes) -> bytes:
-    later = pick.choice([[b"Retry-After: 0"], [b"Retry-After: 1"], []])
-    line = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()
-    return _told(b"\r\n\r\n<h1>Said by a proxy</h1>", b"Content-Type: text/html", _SIZED, *later, *fields, line=line)
-
-
-def _cut(answer: bytes, pick: random.Random) -> bytes:
-    return answer[: pick.choice([0, pick.randrange(min(len(answer), 200)), pick.randrange(len(answer)), -1])]
-
-
-def _noise(pick: random.Random) -> bytes:
-    return bytes([pick.randrange(ord("H"))]) + pick.randbytes(pick.randrange(40))
-
-
-_SIZED, _CHUNKED = b"Content-Length: <size>", b"Transfer-Encoding: chunked"
-_CLOSE, _INTERIM = b"Connection: close", b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n"
-# An answer that nobody has asked for. A client that takes it for its own will be found out.
-_POISON = {"exec_id": "poison", "exit_code": 0, "stdout": "poison", "stderr": "", "wall_ms": 1}
-_SECOND = _told(b"\r\n\r\n" + go_json(_POISON), _SIZED, line=b"HTTP/1.1 200 OK")
-_NO_SIZES = [b"", b"-1", b"+5", b"0x10", b"1e3", b"1 1", b"9" * 30]
-_NO_CHUNKS = [b"x\r\n", b"-1\r\n", b"0x5\r\nabcde\r\n", b"1\r\nabc", b"\r\n", b"1" * 20 + b"\r\n", b"0\r\nno\r\n\r\n"]
-_SMALL = 9000  # bytes: what follows an answer of this size arrives with it, so that no client can overlook it
-
-# A fault is a kind, and a script that makes of an answer what is sent: bytes, pauses (of seconds), the end. The kinds:
-# "valid", other forms of the same answer; "idle", something follows a whole one; "broken"; "malformed"; "stalled";
-# "mutated", of which anything may come but a wrong value; else the status of a page that takes the answer's place.
-_Script = Callable[[bytes, random.Random], Iterable[Any]]
-FAULTS: dict[str, tuple[str, _Script]] = {
-    "whole": ("valid", lambda a, _: [a]),
-    "in pieces": ("valid", _pieces),
-    "byte by byte": ("valid", lambda a, _: [*(a[at : at + 1] for at in range(300)), a[300:]]),
-    "late": ("valid", lambda a, pick: [pick.random() / 20, a[:50], pick.random() / 20, a[50:]]),
-    "in chunks": ("valid", lambda a, pick: [_chunks(a, pick)]),
-    "up to the end": ("valid", lambda a, _: [_told(a), FIN]),
-    "HTTP/1.0": ("valid", lambda a, _: [_told(a, _SIZED).replace(b"1.1", b"1.0", 1), HOLD]),
-    "to be closed": ("valid", lambda a, _: [_told(a, _SIZED, _CLOSE), HOLD]),
-    "after interim ones": ("valid", lambda a, _: [_INTERIM, _INTERIM, a]),
-    "length told twice": ("valid", lambda a, _: [_told(a, _SIZED, _SIZED)]),
-    "second answer": ("valid", lambda a, _: [a + _SECOND, HOLD] if len(a) < _SMALL else [a]),
-    "noise at the end": ("valid", lambda a, pick: [a + _noise(pick), HOLD] if len(a) < _SMALL else [a]),
-    "idle: closed": ("idle", lambda a, pick: [a, pick.random() / 50, FIN]),
-    "idle: reset": ("idle", lambda a, pick: [a, pick.random() / 50, RST]),
-    "idle: noise": ("idle", lambda a, pick: [a, pick.random() / 50, _noise(pick), HOLD]),
-    "idle: 408": ("idle", lambda a, pick: [a, pick.random() / 50, _page(408, pick, _CLOSE), FIN]),
-    "idle: half a head": ("idle", lambda a, pick: [a, pick.random() / 50, _INTERIM[:20], FIN]),
-    "idle: second answer": (
-        "idle",
-        lambda a, pick: [a, *([pick.random() / 50, _SECOND, HOLD] if a[9:12] == b"200" else [])],
-    ),
-    "cut": ("broken", lambda a, pick: [_cut(a, pick), FIN]),
-    "reset": ("broken", lambda a, pick: [_cut(a, pick), RST]),
-    "early: cut": ("broken", lambda *_: [FIN]),
-    "early: reset": ("broken", lambda *_: [RST]),
-    "no HTTP": ("malformed", lambda _, pick: [_noise(pick), HOLD]),
-    "HTTP/2": ("malformed", lambda a, _: [_told(a, _SIZED, line=b"HTTP/2 200"), HOLD]),
-    "status of two digits": ("malformed", lambda a, _: [_told(a, _SIZED, line=b"HTTP/1.1 20 OK"), HOLD]),
-    "lines without CR": ("malformed", lambda a, _: [_told(a, _SIZED).replace(b"\r\n", b"\n"), HOLD]),
-    "NUL in a field": ("malformed", lambda a, _: [_told(a, _SIZED, b"A: \0"), HOLD]),
-    "field without colon": ("malformed", lambda a, _: [_told(a, _SIZED, b"A"), HOLD]),
-    "space before colon": ("malformed", lambda a, _: [_told(a, _SIZED, b"A : b"), HOLD]),
-    "folded field": ("malformed", lambda a, _: [_told(a, b"A: b\r\n c", _SIZED), HOLD]),
-    "two lengths": ("malformed", lambda a, _: [_told(a, _SIZED, b"Content-Length: 99999999"), HOLD]),
-    "no length": ("malformed", lambda a, pick: [_told(a, b"Content-Length: " + pick.choice(_NO_SIZES)), HOLD]),
-    "length and chunks": ("malformed", lambda a, _: [_told(a, _SIZED, _CHUNKED), HOLD]),
-    "unknown coding": ("malformed", lambda a, _: [_told(a, b"Transfer-Encoding: gzip, chunked"), HOLD]),
-    "chunks in HTTP/1.0": ("malformed", lambda a, pick: [_chunks(a, pick).replace(b"1.1", b"1.0", 1), HOLD]),
-    "no chunk": ("malformed", lambda a, pick: [_told(a, _CHUNKED, content=pick.choice(_NO_CHUNKS)), HOLD]),
-    "long head": ("malformed", lambda a, _: [_told(a, _SIZED, b"A: " + b"b" * 70_000), HOLD]),
-    "many fields": ("malformed", lambda a, _: [_told(a, _SIZED, *[b"A: b"] * 200), HOLD]),
-    "another protocol": ("malformed", lambda a, _: [_told(a, _SIZED, line=b"HTTP/1.1 101 Switching Protocols"), HOLD]),
-    "endless interim ones": ("malformed", lambda a, _: [_INTERIM * 30 + a, HOLD]),
-    "stalled": ("stalled", lambda a, pick: [_cut(a, pick), HOLD]),
-    "mutated": ("mutated", lambda a, pick: [_mutated(a, pick)]),
-}
-for _status in ("413", "429", "500", "502", "503", "504"):
-    FAULTS[f"page {_status}"] = _status, lambda _, pick, n=int(_status): [_page(n, pick)]  # type: ignore[misc]
-    FAULTS[f"early: {_status}"] = _status, lambda _, pick, n=int(_status): [_page(n, pick, _CLOSE), HOLD]  # type: ignore[misc]
-_DRAWN = [name for name in FAULTS if name != "idle: second answer"]  # whose next request would have to believe it
-
-
-class Trial:
-    """One call: what is done to it, and what it may come to. Its token is in its request.
-
-    The first request that arrives meets the fault; each does if that is `lasting`.
-    """
-
-    def __init__(self, soak: Soak, route: str, fault: str = "", may: Iterable[str] = (), number: int = 0) -> None:
-        """Draw what was not said."""
-        self.route, self.token = route, f"soak-{number or next(soak.numbers)}."
-        self.key = f"{route} {self.token}"
-        self.pick = pick = random.Random(f"{soak.seed} {self.key}")
-        self.name = fault or pick.choice(["whole"] * len(_DRAWN) + _DRAWN)
-        self.kind, self.script = FAULTS[self.name]
-        self.is_noticed = bool(fault) and self.kind == "idle"  # the client has the time to
-        self.lasting = self.is_noticed or self.kind == "stalled" or pick.random() < 0.3
-        outcomes = {
-            "valid": "ok",
-            "idle": "ok",
-            "mutated": "ok",
-            "broken": "connection",
-            "malformed": "connection",
-            "stalled": "deadline",
-        }
-        page = "refused" if route == "GET healthz" else f"status {self.kind}"
-        self.at_once = outcomes.get(self.kind, page)  # what it comes to if it is sent once
-        self.may = {*may, *(["connection", "deadline", "status 500"] if self.kind == "mutated" else [])}
-        self.timeout = pick.uniform(0.3, 1) if self.kind in ("stalled", "mutated") else _PATIENCE
-        if not fault and pick.random() < 0.05:
-            self.timeout = pick.uniform(0.001, 0.3)
-            self.may |= {"deadline", "status 500", self.at_once}
-        self.wanted: Any = True
-        self.can_repeat = route != "GET healthz"
-        self.began, self.ended, self.arrivals, self.was_hurt = 0.0, math.inf, 0, False
-        self.is_over = True  # whatever was sent is, as the client must know: it may be sent again
-        self.settled = threading.Event()  # what follows the answer to its last arrival has been sent
-
-    def allowed(self) -> set[str]:
-        """Return what it may come to, if it was hurt also by what was meant for the call before."""
-        is_repeated = self.kind in ("429", "503") or (self.kind == "broken" and self.route == "GET files")
-        end = "ok" if is_repeated and self.can_repeat and not self.lasting else self.at_once
-        hurt = {"ok", "connection", "status 408", "refused"} if self.was_hurt else set()
-        return {end, "not started", *self.may, *hurt}
-
-    def arrives(self) -> bool:
-        """Note that a request has arrived; say whether it may."""
-        fits = self.is_over or self.route[:3] == "GET"
-        self.arrivals, self.is_over = self.arrivals + 1, False
-        self.settled = threading.Event()
-        return fits
-
-    def meets(self) -> tuple[str, str, _Script]:
-        """Return what is done to the request that has arrived: name, kind, and script."""
-        name = self.name if self.lasting or self.arrivals == 1 else "whole"
-        return (name, *FAULTS[name])
-
-
-class Injector:
-    """A proxy on the loopback address that does to each call what its trial says."""
-
-    def __init__(self, soak: Soak, upstream: str) -> None:
-        """Listen; answer once entered."""
-        self.soak, self.pick = soak, random.Random(f"{soak.seed} connections")
-        parts = urllib.parse.urlsplit(upstream)
-        self.server, self.host = (parts.hostname, parts.port or 80), parts.netloc.encode()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address = self.listener.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}{parts.path}"
-        self.links: set[Link] = set()
-        self.still = threading.Lock()  # held while a forked child has copies of the sockets, so that none can be reset
-        self.stopping = threading.Event()
-        self.acceptor = threading.Thread(target=self._accept)
-
-    def __enter__(self) -> Injector:
-        """Start to answer."""
-        self.acceptor.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Close every connection."""
-        self.stopping.set()
-        self.acceptor.join()
-        self.listener.close()
-        for link in list(self.links):
-            with contextlib.suppress(OSError):
-                link.client.shutdown(socket.SHUT_RDWR)
-            link.thread.join()
-
-    def let_go(self) -> None:
-        """Close a forked child's copies."""
-        for sock in (self.listener, *(link.client for link in self.links)):
-            sock.close()
-
-    def _accept(self) -> None:
-        while not self.stopping.is_set():
-            self.listener.settimeout(0.1)
-            with contextlib.suppress(socket.timeout):
-                Link(self, self.listener.accept()[0])
-                if self.pick.random() < 0.002:
-                    self._refuse()
-
-    def _refuse(self) -> None:
-        """Let nobody connect for a moment."""
-        blow = self.soak.blow("connections refused", sys.maxsize, math.inf)
-        with self.still:
-            self.listener.close()
-        while self.listener.fileno() < 0:
-            self.stopping.wait(0.03)
-            with contextlib.suppress(OSError):
-                self.listener = socket.create_server(self.address, backlog=512)
-        blow[1] = time.monotonic()
-
-
-class Link:
-    """A client's connection to the injector, and the one that goes on to the server."""
-
-    def __init__(self, injector: Injector, client: socket.socket) -> None:
-        """Serve it, in a thread of its own."""
-        self.injector, self.soak, self.client = injector, injector.soak, client
-        self.server: socket.socket | None = None
-        self.settled = threading.Event()
-        self.trial: Trial | None = None  # with whose end this has to end
-        self.thread = threading.Thread(target=self._serve, args=injector.pick.choices(["", FIN, RST], [80, 1, 1]))
-        with self.soak.condition:
-            injector.links.add(self)
-        self.thread.start()
-
-    def _serve(self, at_once: str) -> None:
-        with contextlib.suppress(OSError):  # the client has gone
-            self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if at_once:
-                self.soak.count("faults", f"connection: {at_once}")
-                self._end(at_once, None, "idle: at once")
-            while not at_once and self._exchange():
-                pass
-        for sock in filter(None, (self.client, self.server)):
-            sock.close()
-        with self.soak.condition:
-            self.injector.links.discard(self)
-            self.soak.condition.notify_all()
-
-    def _exchange(self) -> bool:
-        """Do to a call what its trial says; say whether the connection goes on."""
-        trial, request = self._receive()
-        name, kind, script = trial.meets() if trial else ("whole", *FAULTS["whole"])
-        self.trial = None if name[:4] == "idle" else trial
-        answer = self._answer_to(request) if request and name[:5] not in ("early", "page ") else b""
-        if not request or answer is None:
-            return False
-        if trial:
-            self.settled = trial.settled
-            self.soak.count("faults", name)
-            is_answered = kind in ("valid", "idle", "mutated") and answer[9:12] in (b"429", b"500", b"503")
-            trial.is_over = is_answered or kind in ("429", "503")
-        for step in script(answer, trial.pick if trial else self.injector.pick):
-            if isinstance(step, bytes):
-                self.client.sendall(step)
-                self.soak.count("besides", "bytes received", len(step))
-            elif isinstance(step, float):
-                self.injector.stopping.wait(step)
-            else:
-                self._end(step, trial, name)
-                return False
-        self.trial = None
-        return True
-
-    def _receive(self) -> tuple[Trial | None, bytes]:
-        """Receive a request, or the part of it that is to be; it is empty if the client leaves instead."""
-        data, trial = bytearray(), None
-        while piece := self.client.recv(65536):
-            data += piece
-            self.soak.count("besides", "bytes sent", len(piece))
-            token = None if trial else re.match(rb"(?s)(GET|POST) [^ ?]*/(\w+).*?(soak-[0-9]+\.)", data)
-            trial = self.soak.arrived(b"%b %b %b" % token.groups()) if token else trial
-            if len(data) > _size_of(data):
-                self.soak.offend("wrong", f"{trial and trial.key}: more was sent than a request")
-            if len(data) >= _size_of(data) or (trial and trial.meets()[0][:5] == "early"):
-                return trial, bytes(data)
-        if data and not trial:
-            self.soak.blow("left without a name", 1, time.monotonic())
-        return trial, b""
-
-    def _answer_to(self, request: bytes) -> bytes | None:
-        """Return the server's answer, or None if the client leaves instead of waiting for it."""
-        self.server = self.server or socket.create_connection(self.injector.server)
-        self.server.sendall(re.sub(rb"(?i)(?<=\r\nhost: )[^\r]*", self.injector.host, request, count=1))
-        answer = bytearray()
-        while len(answer) < _size_of(answer):
-            if self.client in select.select([self.client, self.server], [], [])[0]:
-                if self.client.recv(1):
-                    self.soak.offend("wrong", f"more was sent than {request[:200]!r}")
-                return None
-            piece = self.server.recv(65536)
-            answer += piece
-            if not piece:
-                return None
-        if b"\r\nConnection: close\r\n" in answer:
-            self.server.close()
-            self.server = None
-        return bytes(answer)
-
-    def _end(self, how: str, trial: Trial | None, name: str) -> None:
-        """End the connection, or let the client do so; see that it is not used again."""
-        if how == RST:
-            if name[:4] == "idle":
-                self.soak.blow("connection reset", 1, time.monotonic())
-            with self.injector.still:
-                self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.client.close()
-        elif how == FIN:
-            self.client.shutdown(socket.SHUT_WR)
-        self.settled.set()
-        while name[:5] == "early" and self.client.recv(65536):
-            pass  # the rest of the request
-        late, request = self._receive()
-        is_noticed = trial and trial.is_noticed and late not in (None, trial)
-        if is_noticed or ((late or request) and name[:4] != "idle"):
-            self.soak.offend("wrong", f"{late and late.key}: sent after {trial and (trial.key, trial.name)}")
-        elif late:
-            with self.soak.condition:
-                late.was_hurt = True
-                self.soak.condition.notify_all()
-        elif request:
-            self.soak.blow("connection ended", 1, time.monotonic())
-
-
-def _size_of(message: bytearray) -> int:
-    """Return how long a request or an answer is, if that can be told yet."""
-    if b"\r\n\r\n" not in message:
-        return sys.maxsize
-    end, size = message.index(b"\r\n\r\n") + 4, -1
-    head = bytes(message[:end]).lower()
-    while b"\r\ntransfer-encoding: chunked\r\n" in head and size:
-        match = re.compile(rb"(?i)([0-9a-f]+)[^\n]*\n").match(message, end)
-        if not match:
-            return sys.maxsize
-        size = int(match[1], 16)
-        end = match.end() + size + 2
-    length = re.search(rb"\r\ncontent-length: ([0-9]+)", head)
-    return end + int(length[1] if length else 0)
-
-
-class Swift(StandIn):
-    """A StandIn that answers to `echo` by itself, so that there can be many runs, and keeps no list of requests."""
-
-    outlived = 0  # runs that went on without their client
-
-    def saw(self, method: str, target: str) -> None:
-        """Forget it."""
-
-    def run(self, content: bytes, client: socket.socket) -> dict[str, object]:
-        """Run what is not just `echo`."""
-        request = run_request(content)
-        if request["cmd"][0] != "echo":
-            try:
-                return super().run(content, client)
-            except Refusal as refusal:
-                self.outlived += refusal.status == 408
-                raise
-        self.store.mounts(request.get("files") or [])
-        self._lose_the_race_at_times()
-        self.store.delete(request.get("files") or [])
-        streams = {"stdout": " ".join(request["cmd"][1:]) + "\n", "stderr": ""}
-        return {"exec_id": f"boxer-{uuid.uuid4()}", "exit_code": 0, **streams, "wall_ms": 1}
-
-
-class Awaited:
-    """A BoxerClient to be awaited, which has blocked by then."""
-
-    def __init__(self, client: Any) -> None:
-        """Take the client."""
-        self.client = client
-
-    def __getattr__(self, name: str) -> Any:
-        """Give a method as a coroutine function."""
-
-        async def call(*args: Any, **settings: Any) -> Any:
-            return getattr(self.client, name.replace("aclose", "close"))(*args, **settings)
-
-        return call
-
-
-class Forking:
-    """A BoxerClient whose runs are made by forked children."""
-
-    def __init__(self, client: Any, injector: Injector) -> None:
-        """Take the client."""
-        self.client, self.injector = client, injector
-
-    def run(self, *args: Any, **settings: Any) -> Any:
-        """Let a child run, and take over what it returns or raises."""
-        reader, writer = os.pipe()
-        with self.injector.still:
-            child = os.fork()
-            if child:
-                os.close(writer)
-                os.read(reader, 1)
-            else:
-                self.injector.let_go()
-                os.write(writer, b".")
-        if not child:
-            self._end_as_child(writer, *args, **settings)
-        with os.fdopen(reader, "rb") as file:
-            result = pickle.loads(file.read())
-        os.waitpid(child, 0)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _end_as_child(self, writer: int, *args: Any, **settings: Any) -> None:
-        signal.alarm(int(2 * _PATIENCE))
-        try:
-            os.write(writer, pickle.dumps(self.client.run(*args, **settings)))
-        except Exception as error:  # noqa: BLE001 - it is for the parent
-            os.write(writer, pickle.dumps(error))
-        finally:
-            os._exit(0)
-
-
-class Soak:
-    """Makes calls until it is over, and judges what comes of them."""
-
-    def __init__(self, url: str, seed: int, *, has_programs: bool, at_once: int) -> None:
-        """Import the client from the file beside this one."""
-        import boxer
-
-        self.boxer: Any = boxer
-        self.seed, self.has_programs, self.at_once = seed, has_programs, at_once
-        self.pick, self.numbers, self.start = random.Random(seed), itertools.count(1), time.monotonic()
-        self.condition, self.over = threading.Condition(), threading.Event()
-        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        self.offences: list[str] = []
-        self.trials: dict[str, Trial] = {}
-        self.blows: collections.deque[list[float]] = collections.deque(maxlen=1000)
-        self.injector = Injector(self, url)
-
-    def count(self, table: str, name: str, number: int = 1) -> None:
-        """Count something."""
-        with self.condition:
-            self.counts[table][name] += number
-
-    def offend(self, kind: str, what: str) -> None:
-        """Note an offence. Ten are enough."""
-        self.count("offences", kind)
-        self.offences.append(f"{kind}, after {time.monotonic() - self.start:.1f} s: {what[:1000]}")
-        if len(self.offences) >= 10:
-            self.over.set()
-
-    def blow(self, name: str, hits: int, until: float) -> list[float]:
-        """Note what may end so many calls that go on until then, whichever they are: no request of them is read."""
-        self.count("faults", name)
-        with self.condition:
-            self.blows.append([hits, until])
-            self.condition.notify_all()
-            return self.blows[-1]
-
-    def _was_blown(self, trial: Trial) -> bool:
-        for blow in self.blows:
-            if blow[0] and blow[1] > trial.began:
-                blow[0] -= 1
-                return True
-        return False
-
-    def arrived(self, key: bytes) -> Trial | None:
-        """Return the trial whose request arrives."""
-        with self.condition:
-            trial = self.trials.get(key.decode())
-            fits = not trial or trial.arrives()
-        if trial and not fits:
-            self.offend("wrong", f"{trial.key}, {trial.name}: sent again")
-        return trial
-
-    # Calls
-
-    async def call(self, client: Any, trial: Trial, *args: Any, **settings: Any) -> str:
-        """Make a call, and judge what comes of it."""
-        method = _METHODS[trial.route]
-        kind = "sync" if isinstance(client, Awaited) else "async"
-        trial.began = time.monotonic()
-        with self.condition:
-            self.counts["calls"][f"{method}, {kind}"] += 1
-            self.trials[trial.key] = trial
-        name = await self._outcome(trial, getattr(client, method)(*args, timeout=trial.timeout, **settings))
-        is_end = name in ("connection", "refused", "status 408", trial.at_once)
-        with self.condition:
-            # What has ended its connection may have yet to notice whose that was.
-            fits = self.condition.wait_for(
-                lambda: name in trial.allowed() or (is_end and self._was_blown(trial)), 10 if is_end else 0
-            )
-            self.counts["outcomes"][name if fits else "offences"] += 1
-            del self.trials[trial.key]
-            trial.ended = time.monotonic()
-        if not fits:
-            fault = f"{trial.name}{' at each try' if trial.lasting else ''}, timeout {trial.timeout:.3f}"
-            kind = "wrong" if name.startswith("wrong") else "lost"
-            self.offend(kind, f"{trial.key}, {fault}: {name}, not {sorted(trial.allowed())}")
-        return name
-
-    async def _outcome(self, trial: Trial, call: Any) -> str:
-        """Wait for what comes of a call, and name it."""
-        try:
-            value = await call
-        except self.boxer.BoxerAPIError as error:
-            return f"status {error.status_code}" if error.status_code else "deadline"
-        except self.boxer.BoxerConnectionError:
-            return "connection"
-        except asyncio.CancelledError:
-            return "cancelled"
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is judged
-            return "closed" if isinstance(error, RuntimeError) and "is closed" in str(error) else f"wrong: {error!r}"
-        if trial.route == "POST run":
-            value = value.exit_code, value.stdout, value.stderr
-        if value == trial.wanted:
-            return "ok"
-        if trial.route == "POST run" and value[2].startswith("running container: "):
-            value = None  # the server could not start the program, and said so
-        return {False: "refused", None: "not started"}.get(value, f"wrong: {str(value)[:200]}")
-
-    async def echo(self, client: Any, trial: Trial, **settings: Any) -> str:
-        """Run what says what it is told."""
-        text = trial.token + "x" * trial.pick.choice([0, 1, 100, 3000, 60_000])
-        trial.wanted = (0, f"{text}\n", "")
-        return await self.call(client, trial, _IMAGE, ["echo", text], **settings)
-
-    async def run(self, client: Any, *may: str) -> None:
-        """Run something."""
-        await self.echo(client, Trial(self, "POST run", may=may))
-
-    async def file(self, client: Any, *may: str) -> None:
-        """Upload a file, download it, and have it deleted by a run."""
-        number = next(self.numbers)
-        up, down = (Trial(self, route, may=may, number=number) for route in ("POST files", "GET files"))
-        size = up.pick.randrange(up.pick.choice([1, 200, 5000, 100_000, 3 * MIB]))
-        content = (up.token.encode() + up.pick.randbytes(size))[:size]
-        stream = types.SimpleNamespace(read=io.BytesIO(content).read)  # which cannot be sought
-        given = up.pick.choice([content, bytearray(content), io.BytesIO(content), stream])
-        up.wanted, up.can_repeat, down.wanted = None, given is not stream, content
-        path = f"soak/{self.seed}/{up.token}bin"
-        if await self.call(client, up, path, given) != "ok":
-            down.may.add("status 404")
-        await self.call(client, down, path)
-        for fault in ("", "whole"):
-            if await self.echo(client, Trial(self, "POST run", fault, {*may, "status 400"}), files=[path]) == "ok":
-                break
-
-    async def health(self, client: Any) -> None:
-        """Ask whether the server is there; also by a new client, whose requests say which trial this is."""
-        await self.call(client, Trial(self, "GET healthz", "whole"))
-        trial = Trial(self, "GET healthz")
-        async with self._another(client, headers={"Soak": trial.token}) as own:
-            await self.call(own, trial)
-
-    async def idle(self, client: Any) -> None:
-        """Let something happen on an idle connection. The next call has to do without it."""
-        async with self._another(client) as own:
-            trial = Trial(self, "POST run", self.pick.choice([name for name in FAULTS if name[:4] == "idle"]))
-            if await self.echo(own, trial) == "ok":
-                await asyncio.get_running_loop().run_in_executor(None, trial.settled.wait, _PATIENCE)
-                await self.echo(own, Trial(self, "POST run", "whole"))
-
-    async def cancel(self, client: Any, *acts: Any) -> None:
-        """Cancel calls."""
-        task = asyncio.ensure_future(self.pick.choice(acts or (self.run, self.file))(client, "cancelled"))
-        for _ in range(self.pick.choice([1, 5, 20, 60])):
-            await asyncio.sleep(0)
-        await asyncio.wait([task], timeout=self.pick.choice([0, self.pick.random() / 20, self.pick.random()]))
-        task.cancel()
-        await asyncio.wait([task])
-
-    async def close(self, client: Any) -> None:
-        """Close a client that is in use, from another thread or task."""
-
-        async def later() -> None:
-            await asyncio.sleep(self.pick.random() / 20)
-            await own.aclose()
-
-        async with self._another(client) as own:
-            is_sync = isinstance(client, Awaited)
-            run_in_thread = asyncio.get_running_loop().run_in_executor
-            closing = run_in_thread(None, asyncio.run, later()) if is_sync else asyncio.ensure_future(later())
-            await self.pick.choice([self.run, self.file])(own, "connection", "closed")
-            await closing
-
-    async def fork(self, client: Any) -> None:
-        """Let a forked child use the client."""
-        self.count("besides", "forks")
-        await self.run(client)
-        await asyncio.sleep(self.pick.random())
-
-    async def program(self, client: Any) -> None:
-        """Run a program."""
-        trial = Trial(self, "POST run")
-        code = trial.pick.randrange(4)
-        trial.wanted = (code, f"{trial.token}\n", "oops\n")
-        await self.call(client, trial, _IMAGE, ["sh", "-c", f"echo {trial.token}; echo oops >&2; exit {code}"])
-
-    async def leave(self, client: Any, *may: str) -> None:
-        """Run a program that does not end before the client's patience does."""
-        trial = Trial(self, "POST run", "whole", {*may, "deadline"})
-        trial.wanted, trial.timeout = None, trial.pick.uniform(0.05, 2)
-        await self.call(client, trial, _IMAGE, ["sleep", "600"], env=[f"A={trial.token}"])
-
-    @contextlib.asynccontextmanager
-    async def _another(self, client: Any, **settings: Any) -> AsyncIterator[Any]:
-        """Make a client like this one."""
-        url, is_sync = self.injector.url, isinstance(client, Awaited)
-        own: Any = self.boxer.BoxerClient(url, **settings) if is_sync else self.boxer.AsyncBoxerClient(url, **settings)
-        own = Awaited(own) if is_sync else own
-        try:
-            yield own
-        finally:
-            await own.aclose()
-
-    # From the start to the end
-
-    def run_for(self, seconds: float) -> None:
-        """Make calls for so long, from many threads and tasks."""
-        with self.injector:
-            with contextlib.ExitStack() as clients:
-                # These import what a child forked meanwhile would wait for in vain, or what takes part in a fork.
-                socket.getaddrinfo("127.0.0.1", 0)
-                ThreadPoolExecutor(1).shutdown()
-                jobs = list(self._jobs(clients))
-                threads = [threading.Thread(target=job, args=args, daemon=True) for job, *args in jobs]
-                for thread in threads:
-                    thread.start()
-                with contextlib.suppress(KeyboardInterrupt):
-                    self._watch(self.start + seconds)
-                self.over.set()
-                end = time.monotonic() + 4 * _PATIENCE
-                for thread in threads:
-                    thread.join(max(0, end - time.monotonic()))
-                    if thread.is_alive():
-                        self.offend("lost", f"{thread} hangs: {[trial.key for trial in self.trials.values()]}")
-            with self.condition:
-                self.condition.wait_for(lambda: not self.injector.links, 10)
-                left = [str(link.client) for link in self.injector.links]
-        if left:
-            self.offend("leaked", f"{len(left)} connections: {left}")
-
-    def _jobs(self, clients: contextlib.ExitStack) -> Iterator[tuple[Any, ...]]:
-        acts = [*[self.run] * 8, self.file, self.file, self.health, self.idle, self.close]
-        for settings in ({}, {"max_connections": 3}):
-            client = Awaited(clients.enter_context(self.boxer.BoxerClient(self.injector.url, **settings)))
-            yield from [(self._drive, self._work, client, acts)] * self.at_once
-            yield (self._drive, self._crowd, settings, [*acts, self.cancel], 5 * self.at_once)
-        yield (self._drive, self._work, Awaited(Forking(client.client, self.injector)), [self.fork])
-        if self.has_programs:
-            yield from [(self._drive, self._work, client, [self.program, self.leave])] * 2
-            yield (
-                self._drive,
-                self._crowd,
-                {},
-                [self.program, self.leave, lambda own: self.cancel(own, self.leave)],
-                2,
-            )
-        moving = self.boxer.AsyncBoxerClient(self.injector.url)
-        clients.callback(lambda: asyncio.run(moving.aclose()))
-        yield (self._move, moving, [self.run, self.file, self.cancel])
-
-    def _drive(self, work: Callable[..., Any], *args: Any) -> None:
-        try:
-            asyncio.run(self._watched(work(*args)))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is reported
-            self.offend("wrong", f"{threading.current_thread()}: {error!r}")
-
-    async def _watched(self, work: Any) -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, what: self.offend("wrong", str(what)))
-        await work
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        if left:
-            self.offend("leaked", f"tasks: {left}")
-
-    async def _work(self, client: Any, acts: Sequence[Callable[..., Any]]) -> None:
-        while not self.over.is_set():
-            await self.pick.choice(acts)(client)
-
-    async def _crowd(self, settings: dict[str, Any], acts: Sequence[Callable[..., Any]], size: int) -> None:
-        async with self.boxer.AsyncBoxerClient(self.injector.url, **settings) as client:
-            await asyncio.gather(*[self._work(client, acts) for _ in range(size)])
-
-    def _move(self, client: Any, acts: Sequence[Callable[..., Any]]) -> None:
-        """Use a client in one event loop after another."""
-
-        async def some() -> None:
-            await asyncio.gather(*[self.pick.choice(acts)(client) for _ in range(5)])
-
-        while not self.over.is_set():
-            self.count("besides", "event loops")
-            self._drive(some)
-
-    def _watch(self, end: float) -> None:
-        """Wait for the end, and watch for calls that hang."""
-        memory, next_line = 0, self.start
-        while not self.over.wait(0.5) and time.monotonic() < end:
-            now = time.monotonic()
-            with self.condition:
-                late = [trial for trial in self.trials.values() if now > trial.began + trial.timeout + 2 * _PATIENCE]
-                left = {link.trial for link in self.injector.links if link.trial}
-            for trial in late:
-                trial.began = math.inf
-                self.offend("lost", f"{trial.key}, {trial.name}: hangs")
-            for trial in left:
-                if now > trial.ended + _PATIENCE:
-                    trial.ended = math.inf
-                    self.offend("leaked", f"{trial.key}, {trial.name}: its connection is still there")
-            memory = memory or (_memory() if now > self.start + 60 else 0)
-            if now > next_line:
-                print(f"{self.summary()}; {_memory()} MiB", flush=True)
-                next_line += 10
-        if memory and _memory() > memory + _GROWTH:
-            self.offend("leaked", f"memory: {_memory()} MiB, {memory} after the first minute")
-
-    def summary(self) -> str:
-        """Say in one line how it goes."""
-        with self.condition:
-            calls, faults, offences = (self.counts[name].copy() for name in ("calls", "faults", "offences"))
-        del faults["whole"]
-        took = f"{time.monotonic() - self.start:.0f} s, {sum(calls.values()):,} calls"
-        found = ", ".join(f"{offences[name]} {name}" for name in ("wrong", "lost", "leaked"))
-        return f"{took}, {sum(faults.values()):,} faults in {len(faults)} kinds: {found}"
-
-    def table(self) -> Iterator[str]:
-        """Say what was counted."""
-        for title in ("calls", "outcomes", "faults", "besides"):
-            cells = [f"  {name:<24}{number:>14,}" for name, number in sorted(self.counts[title].items())]
-            yield f"\n{title}"
-            yield from ("  ".join(cells[at : at + 2]) for at in range(0, len(cells), 2))
-
-
-def _memory() -> int:
-    """Return the MiB of this process that are in memory; 0 where that cannot be told."""
-    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // MIB
-    return 0
-
-
-def soak(minutes: float, seed: int, *, unsafe: bool) -> int:
-    """Make calls through faults for so long, and return 0 if none came to harm."""
-    seed, url = seed or random.randrange(1, 10**6), os.environ.get("BOXER_URL", "")
-    sandbox = find_sandbox() or (PlainProcesses() if unsafe else NoSandbox())
-    print(f"Seed {seed}, Python {sys.version.split()[0]}, programs run in: {url or sandbox.name}", flush=True)
-    logging.getLogger("boxer").addHandler(logging.NullHandler())
-    threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ResourceWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        with contextlib.ExitStack() as stack:
-            server = None if url else Swift(sandbox=sandbox, race=1 / 3)
-            stack.enter_context(server or contextlib.nullcontext())
-            has_programs = bool(url) or not isinstance(sandbox, NoSandbox)
-            soaking = Soak(server.url if server else url, seed, has_programs=has_programs, at_once=4 if server else 1)
-            report: Any = lambda what: soaking.offend("wrong", str(what))  # noqa: E731
-            threading.excepthook = sys.unraisablehook = report
-            soaking.run_for(60 * minutes)
-            if server and (not server.wait_for(lambda: not server.runs_live) or server.outlived):
-                soaking.offend("leaked", f"runs: {server.outlived} outlived their clients, {server.runs_live} still do")
-        gc.collect()
-    told = [str(each.message) for each in caught]
-    ends = [("threads", threading.active_count(), threads), ("descriptors", len(os.listdir("/dev/fd")), descriptors)]
-    for what, now, then in [*ends, ("warnings", len(told), 0)]:
-        if now > then:
-            soaking.offend("leaked", f"{what}: {now}, not {then} {told[:3] if what == 'warnings' else ''}")
-    print(*soaking.table(), "", *soaking.offences[:10], soaking.summary(), sep="\n")
-    return 1 if soaking.offences else 0
-
-
 if __name__ == "__main__":
     raise SystemExit(main())
 
@@ -2262,19 +1446,35 @@ if __name__ == "__main__":
 
 import array
 import base64
+import collections
 import copy
 import datetime as dt
 import email.message
 import enum
 import errno
+import gc
 import hashlib
 import http.client
 import importlib
 import inspect
+import itertools
+import logging
+import math
+import mmap
+import pickle
+import queue
+import select
 import ssl
+import struct
 import traceback
+import types
+import typing
 import urllib.error
 import urllib.request
+import urllib.response
+import warnings
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -2301,8 +1501,15 @@ from boxer import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What holds for every test: it leaves nothing behind
+# What holds for every test: where its programs run, and that it leaves nothing behind
 # ---------------------------------------------------------------------------------------------------------------------
+
+REAL_URL = os.environ.get("BOXER_URL", "")
+SANDBOX = None if REAL_URL else find_sandbox()
+WHERE = REAL_URL or (SANDBOX.name if SANDBOX else "no sandbox")
+in_a_sandbox = pytest.mark.skipif(WHERE == "no sandbox", reason="no sandbox works on this machine")
+in_gvisor = pytest.mark.skipif(WHERE not in ("gVisor", REAL_URL), reason="this machine's sandbox is not gVisor")
+of_the_stand_in = pytest.mark.skipif(bool(REAL_URL), reason="BOXER_URL names a real server")
 
 
 def open_descriptors() -> set[str]:
@@ -2353,163 +1560,62 @@ def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert left == [], "left behind"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The contract: what a Boxer server says, byte for byte. It holds for the stand-in and,
-# where BOXER_URL names one, for a real server.
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers, and how to add a test
+#
+# The name of a test is a claim about the client: a sentence that is true, and that fails if someone breaks it. Put the
+# test into the section of what it is about. The sections have the names and the order of those in boxer.py; after them
+# come the tests against a server that runs programs, against real proxies, of the work that a call takes, and of the
+# README. There are four kinds of tests. Begin with the simplest that can show the claim, and copy the example below:
+#
+# 1. Both clients, one connection: `client_of` makes a client of each kind, with the methods of a BoxerClient.
+#    `Peer.answering` gives its answers in order. It fails the test if the client does anything else.
+# 2. Both clients, any number of connections: `Host` calls a function for each request, and sends what that returns.
+# 3. Asyncio alone, for what only tasks and event loops can do: `asyncio.run` and an AsyncBoxerClient.
+# 4. A program that really runs: the fixture `server` is the stand-in, or the server that BOXER_URL names.
+#
+# Every server sends real bytes over a real socket. Only the time and the look-up of names are replaced, by the fixtures
+# `clock` and `setenv`. A test that waits for another thread waits for an Event, not for a time. It leaves nothing open.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-REAL_URL = os.environ.get("BOXER_URL", "")
-SANDBOX = None if REAL_URL else find_sandbox()
-WHERE = REAL_URL or (SANDBOX.name if SANDBOX else "no sandbox")
-in_a_sandbox = pytest.mark.skipif(WHERE == "no sandbox", reason="no sandbox works on this machine")
-in_gvisor = pytest.mark.skipif(WHERE not in ("gVisor", REAL_URL), reason="this machine's sandbox is not gVisor")
-of_the_stand_in = pytest.mark.skipif(bool(REAL_URL), reason="BOXER_URL names a real server")
+def test_health_asks_for_healthz(client_of: Clients) -> None:
+    """The first kind: both clients, one connection."""
+    with Peer.answering(WELL) as peer:
+        assert client_of(peer.url).health() is True
+    assert peer.request.line == "GET /healthz HTTP/1.1"
 
 
-@dataclasses.dataclass
-class Answer:
-    """One response as it came: the heads of interim ones, its own, and its content as sent."""
+def test_two_runs_at_once_get_their_own_answers(client_of: Clients) -> None:
+    """The second kind: both clients, any number of connections."""
 
-    interim: str
-    status: str
-    fields: list[str]
-    content: bytes
-    closed: bool
+    def respond(request: Received) -> list[bytes]:
+        return [answer({**RUN, "stdout": request.json["cmd"][0]})]
 
-
-class Wire:
-    """A connection that sends bytes and reads one answer."""
-
-    def __init__(self, url: str) -> None:
-        """Connect."""
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc
-        self.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
-        self.file = self.socket.makefile("rb")
-
-    def __enter__(self) -> Wire:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Close."""
-        self.file.close()
-        self.socket.close()
-
-    def ask(self, request: bytes) -> Answer:
-        """Send a request and read what comes back."""
-        self.socket.sendall(request.replace(b"HOST", self.host.encode()))
-        return self.answer(head_only=request.startswith(b"HEAD"))
-
-    def answer(self, *, head_only: bool = False) -> Answer:
-        """Read an answer."""
-        status, *fields = self._head()
-        interim = ""
-        if status.startswith("HTTP/1.1 100"):
-            interim, (status, *fields) = "\n".join([status, *fields]), self._head()
-        sized = [int(field[16:]) for field in fields if field.startswith("Content-Length: ")]
-        content = b"" if head_only else self._chunked() if not sized else self.file.read(sized[0])
-        return Answer(interim, status, fields, content, "Connection: close" in fields and self.file.read() == b"")
-
-    def _head(self) -> list[str]:
-        lines = list(iter(self.file.readline, b"\r\n"))
-        assert lines and all(line.endswith(b"\r\n") for line in lines), lines
-        return [line[:-2].decode("utf-8", "surrogateescape") for line in lines]
-
-    def _chunked(self) -> bytes:
-        lines = [self.file.readline()]
-        lines.append(self.file.read(int(lines[0], 16) + 2))
-        lines.append(self.file.read(5))
-        return b"".join(lines)
+    with Host(respond) as host:
+        results = gather(client_of(host.url), [run("one"), run("two")])
+    assert [result.stdout for result in results] == ["one", "two"]
 
 
-def get(target: str, *fields: str, method: str = "GET") -> bytes:
-    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: HOST", *fields, "", ""]).encode()
+def test_a_task_can_give_up_a_run() -> None:
+    """The third kind: asyncio alone. At the end of its script, the Peer waits until the client has closed."""
+
+    async def main() -> None:
+        async with AsyncBoxerClient(peer.url) as client:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(client.run("image", ["true"]), 0.1)
+
+    with Peer([[Do.REQUEST]]) as peer:
+        asyncio.run(main())
 
 
-def post(target: str, kind: str, content: bytes, *fields: str) -> bytes:
-    head = get(target, *fields, f"Content-Type: {kind}", f"Content-Length: {len(content)}", method="POST")
-    return head + content
+@in_a_sandbox
+def test_a_program_says_what_it_is_told(client_of: Clients, server: Any) -> None:
+    """The fourth kind: a program that really runs."""
+    assert client_of(server.url).run("python:3.12-slim", ["echo", "hello"]).stdout == "hello\n"
 
 
-def post_run(cmd: Any = ("true",), *fields: str, image: Any = "python:3.12-slim", **request: Any) -> bytes:
-    content = {"image": image, "cmd": cmd, **request}
-    sent = {name: value for name, value in content.items() if value is not ...}
-    return post("/run", "application/json", json.dumps(sent).encode(), *fields)
-
-
-def post_file(path: Any, content: bytes = b"x", name: str = "file") -> bytes:
-    part = b"--BOUNDARY\r\nContent-Disposition: form-data; name="
-    file = b'"%b"; filename="f"\r\nContent-Type: application/octet-stream\r\n\r\n%b\r\n' % (
-        name.encode(),
-        content,
-    )
-    ending = b"--BOUNDARY--\r\n" if path is ... else part + b'"path"\r\n\r\n%b\r\n--BOUNDARY--\r\n' % path.encode()
-    return post("/files", "multipart/form-data; boundary=BOUNDARY", part + file + ending)
-
-
-def chunked(request: bytes) -> bytes:
-    head, content = request.split(b"\r\n\r\n", 1)
-    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
-    return head + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
-
-
-def python(code: str) -> list[str]:
-    return ["python3", "-c", code]
-
-
-def ran(stdout: str = "", stderr: str = "", code: int = 0) -> str:
-    return f'{{"exec_id":"<id>","exit_code":{code},"stdout":"{stdout}","stderr":"{stderr}","wall_ms":<n>}}'
-
-
-def failed(reason: str) -> str:
-    escaped = reason.replace('"', '\\"')
-    return f'{{"error":"{escaped}"}}'
-
-
-def pattern(text: str, replacements: Mapping[str, str]) -> re.Pattern[str]:
-    """Make a pattern of a text that is exact but for what stands in angle brackets."""
-    named = {
-        "<id>": "boxer-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-        "<n>": r"\d+",
-        "<hex>": "[0-9a-f]+",
-        "<any>": ".*",
-    }
-    for name, value in replacements.items():
-        text = text.replace(name, value)
-    return re.compile("".join(named.get(piece, re.escape(piece)) for piece in re.split("(<[a-z]+>)", text)), re.DOTALL)
-
-
-GMT = r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"
-IS_JSON = "Content-Type: application/json; charset=utf-8"
-JSON = (IS_JSON, "Date", "Content-Length")
-CHUNKED = (IS_JSON, "Date", "Transfer-Encoding: chunked")
-TEXT = ("Content-Type: text/plain", "Date", "Content-Length")
-FOLDER = ("Location: files/?path=<path>", "Date", "Content-Length")
-BINARY = "application/octet-stream"
-
-
-def file_of(kind: str) -> tuple[str, ...]:
-    return ("Accept-Ranges: bytes", "Content-Length", f"Content-Type: {kind}", "Last-Modified", "Date")
-
-
-def check(answer: Answer, status: str, fields: Sequence[str], content: str, **names: str) -> None:
-    """Compare an answer with what it must be: every field, in order, and every byte."""
-    names = {f"<{name}>": value for name, value in names.items()}
-    assert answer.status == f"HTTP/1.1 {status}"
-    expected = [field if ":" in field else f"{field}: <{field.lower().replace('-', '')}>" for field in fields]
-    date = {"date": GMT, "lastmodified": GMT, "contentlength": r"\d+"}
-    assert len(answer.fields) == len(expected), answer.fields
-    for field, wanted in zip(answer.fields, expected):
-        name = wanted.partition("<")[2].rstrip(">")
-        rule = re.escape(wanted.partition("<")[0]) + date[name] if name in date else pattern(wanted, names)
-        assert re.fullmatch(rule, field), (field, wanted)
-    text = answer.content.decode("latin-1" if BINARY in "".join(fields) else "utf-8")
-    assert pattern(content, names).fullmatch(text), text
-    if not answer.content and content == "":
-        return
-    assert "Content-Length" not in fields or f"Content-Length: {len(answer.content)}" in answer.fields
+# Servers that run programs
 
 
 @pytest.fixture(scope="session")
@@ -2523,369 +1629,18 @@ def server() -> Iterator[Any]:
         yield stand_in
 
 
-def ask(server: Any, request: bytes) -> Answer:
-    """Send a request on a connection of its own; again, when a real server has lost a program's output."""
-    for _ in range(20):
-        with Wire(server.url) as wire:
-            answer = wire.ask(request)
-        if b"file already closed" not in answer.content:
-            break
-    return answer
-
-
 @pytest.fixture
 def names(server: Any) -> dict[str, str]:
     """Give a name that no other test and nobody else on the server uses."""
     return {"u": f"contract-{uuid.uuid4().hex[:12]}"}
 
 
-@pytest.fixture(scope="session")
-def kept(server: Any) -> str:
-    """Run a program that leaves outputs of every kind, and return its id."""
-    code = (
-        "import os; os.makedirs('/output/subdir'); os.symlink('/etc/passwd', '/output/link');"
-        "files = {'result.json': b'{\"value\": 42}', 'subdir/file.bin': bytes(range(256)),"
-        " 'empty': b'', 'na me+%41 \\xe9.txt': b'odd'};"
-        "[open('/output/' + name, 'wb').write(data) for name, data in files.items()]"
-    )
-    result = json.loads(ask(server, post_run(python(code), persist=True, env=["PYTHONUTF8=1"])).content)
-    assert result["exit_code"] == 0, result
-    return str(result["exec_id"])
+def found(program: str) -> str | None:
+    """Return where a program is; a plain user's PATH often lacks the folders of servers."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{DEFAULT_PATH}")
 
 
-def fill(request: bytes, names: Mapping[str, str]) -> bytes:
-    """Put names into a request, and the length right again."""
-    for name, value in names.items():
-        request = request.replace(f"<{name}>".encode(), value.encode())
-    head, content = request.split(b"\r\n\r\n", 1)
-    return re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(content), head) + b"\r\n\r\n" + content
-
-
-@pytest.mark.parametrize("where", [WHERE])
-def test_the_contract_ran_in(where: str) -> None:
-    print(f"programs run in: {where}")
-
-
-# Each row: its name, the request, the status line, the fields, the content. <u> is a name of the row's own.
-NO_SUCH_PATH = "404 page not found"
-INT64 = "json: cannot unmarshal {} into Go struct field ResourceLimits.limits.{} of type int64"
-TAG = "Key: 'RunRequest.{0}' Error:Field validation for '{0}' failed on the '{1}' tag"
-PULL = "image pull failed: resolve digest for "
-MOVED, LATE = "301 Moved Permanently", "408 Request Timeout"
-OK, BAD, MISSING, FAILED = "200 OK", "400 Bad Request", "404 Not Found", "500 Internal Server Error"
-PLAIN_ROWS = [
-    ("healthz", get("/healthz"), OK, JSON, '{"ok":true}'),
-    ("not_found", get("/nope"), MISSING, TEXT, NO_SUCH_PATH),
-    ("method_not_allowed", get("/run"), MISSING, TEXT, NO_SUCH_PATH),
-    ("download_head", get("/files?path=x", method="HEAD"), MISSING, TEXT, ""),
-    ("download_missing", get("/files?path=<u>.txt"), MISSING, JSON, failed("file not found")),
-    ("download_no_path", get("/files"), BAD, JSON, failed("query parameter 'path' is required")),
-    ("download_empty_path", get("/files?path="), BAD, JSON, failed("query parameter 'path' is required")),
-    ("download_traversal", get("/files?path=../../etc/passwd"), BAD, JSON,
-     r'{"error":"invalid path: \"../../etc/passwd\""}'),
-    ("upload", post_file("<u>"), OK, JSON, '{"path":"<u>"}'),
-    ("upload_empty", post_file("<u>", b""), OK, JSON, '{"path":"<u>"}'),
-    ("upload_nested", post_file("<u>/sub/data.bin", bytes(range(256))), OK, JSON,
-     '{"path":"<u>/sub/data.bin"}'),
-    ("upload_leading_slash", post_file("/<u>/x"), OK, JSON, '{"path":"/<u>/x"}'),
-    ("upload_unicode", post_file("<u>/donn\u00e9es/\u4e16\u754c.txt"), OK, JSON,
-     '{"path":"<u>/donn\u00e9es/\u4e16\u754c.txt"}'),
-    ("upload_spaces", post_file('<u> b/"q" %41+c.txt'), OK, JSON, r'{"path":"<u> b/\"q\" %41+c.txt"}'),
-    ("upload_dot", post_file("."), BAD, JSON, r'{"error":"invalid path: \".\""}'),
-    ("upload_traversal", post_file("../../etc/x"), BAD, JSON, r'{"error":"invalid path: \"../../etc/x\""}'),
-    ("upload_output_prefix", post_file("output/x"), BAD, JSON,
-     r"""{"error":"path uses reserved prefix 'output/': \"output/x\""}"""),
-    ("upload_empty_path", post_file(""), BAD, JSON, failed("form field 'path' is required")),
-    ("upload_no_path", post_file(...), BAD, JSON, failed("form field 'path' is required")),
-    ("upload_no_file", post_file("<u>", name="other"), BAD, JSON,
-     failed("form field 'file' is required: http: no such file")),
-    ("upload_not_multipart", post("/files", "application/json", b"{}"), BAD, JSON,
-     failed("form field 'file' is required: request Content-Type isn't multipart/form-data")),
-    ("run_bad_json", post("/run", "application/json", b"{nope"), BAD, JSON,
-     failed("invalid character 'n' looking for beginning of object key string")),
-    ("run_empty_cmd", post_run([]), BAD, JSON, failed(TAG.format("Cmd", "min"))),
-    ("run_no_cmd", post_run(...), BAD, JSON, failed(TAG.format("Cmd", "required"))),
-    ("run_empty_image", post_run(image=""), BAD, JSON, failed(TAG.format("Image", "required"))),
-    ("run_no_image", post_run(image=...), BAD, JSON, failed(TAG.format("Image", "required"))),
-    ("run_limits_float_int", post_run(limits={"wall_clock_secs": 1.5}), BAD, JSON,
-     failed(INT64.format("number 1.5", "wall_clock_secs"))),
-    ("run_limits_wrong_type", post_run(limits={"memory_mb": "128"}), BAD, JSON,
-     failed(INT64.format("string", "memory_mb"))),
-    ("run_network_invalid", post_run(network="wifi"), BAD, JSON,
-     failed("invalid network: must be none, sandbox, or host")),
-    ("run_bad_image_ref", post_run(image="UPPER CASE!!"), FAILED, JSON,
-     failed(f"{PULL}UPPER CASE!!: parse ref: could not parse reference: UPPER CASE!!")),
-    ("run_unknown_image", post_run(image="no-such-image:latest"), FAILED, JSON,
-     failed(f"{PULL}no-such-image:latest: docker inspect no-such-image:latest: "
-            "Error response from daemon: No such image: no-such-image:latest")),
-    ("run_file_missing", post_run(files=["<u>.py"]), BAD, JSON, failed("file not found: <u>.py")),
-    ("run_file_traversal", post_run(files=["../../etc/passwd"]), BAD, JSON,
-     r'{"error":"invalid file path: invalid path: \"../../etc/passwd\""}'),
-    ("run_wall_clock_huge", post_run(limits={"wall_clock_secs": 10**10}), FAILED, JSON,
-     failed("start runsc: context deadline exceeded")),
-]  # fmt: skip
-
-EVERY_LIMIT = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 10, "nofile": 64}
-NO_LIMIT = {"cpu_cores": None, "memory_mb": 0, "wall_clock_secs": 0}
-ON_BOTH = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
-ODD_TEXT = r"print('h\u00e9llo \u4e16\u754c \U0001f600 <b>&amp;</b> \u2028')"
-NO_PROGRAM = r"<any>error finding executable \"no-such-program\" in PATH [<any>]: no such file or directory\n"
-RUN_ROWS = [
-    ("run_hello", post_run(python("print('hello world')")), OK, JSON, ran(r"hello world\n")),
-    ("run_exit_code", post_run(python(ON_BOTH)), OK, JSON, ran(r"out\n", r"err\n", 3)),
-    ("run_env_cwd", post_run(python("import os; print(os.environ['A'], os.getcwd())"), env=["A=hi"],
-                             cwd="/tmp"), OK, JSON, ran(r"hi /tmp\n")),
-    ("run_bad_cwd", post_run(["pwd"], cwd="/no/such/dir"), OK, JSON, ran(r"/no/such/dir\n")),
-    ("run_bad_env", post_run(env=["NOEQUALS"]), OK, JSON, ran("", "<any>", 128)),
-    ("run_command_not_found", post_run(["no-such-program"]), OK, JSON, ran("", NO_PROGRAM, 128)),
-    ("run_missing_program_under_sh", post_run(["sh", "-c", 'exec "$@"', "sh", "no-such-program"]), OK, JSON,
-     ran("", "sh: <any>no-such-program: not found\\n", 127)),
-    ("run_killed_by_signal", post_run(["sh", "-c", "kill -9 $$"]), OK, JSON, ran(code=137)),
-    ("run_stdin", post_run(python("import sys; print(repr(sys.stdin.read()))")), OK, JSON, ran(r"''\n")),
-    ("run_invalid_utf8", post_run(python(r"import sys; sys.stdout.buffer.write(b'a\xff\xfe\x00b')")), OK,
-     JSON, ran(r"a\ufffd\ufffd\u0000b")),
-    ("run_unicode", post_run(python(ODD_TEXT), env=["PYTHONUTF8=1"]), OK, JSON,
-     ran("h\u00e9llo \u4e16\u754c \U0001f600 \\u003cb\\u003e\\u0026amp;\\u003c/b\\u003e \\u2028\\n")),
-    ("run_limits", post_run(limits=EVERY_LIMIT), OK, JSON, ran()),
-    ("run_limits_negative", post_run(limits={"memory_mb": -5}), OK, JSON, ran()),
-    ("run_limits_null", post_run(limits=NO_LIMIT), OK, JSON, ran()),
-    ("run_network_none", post_run(network="none"), OK, JSON, ran()),
-    ("run_unknown_field", post_run(surprise=1), OK, JSON, ran()),
-    ("run_chunked_request", chunked(post_run()), OK, JSON, ran()),
-    ("run_expect_continue", post_run(("true",), "Expect: 100-continue"), OK, JSON, ran()),
-    ("run_long_output", post_run(python("print('y' * 5000)")), OK, CHUNKED,
-     "<hex>\r\n" + ran("y" * 5000 + r"\n") + "\r\n0\r\n\r\n"),
-    ("run_timeout", post_run(python("while True: pass"), limits={"wall_clock_secs": 1}), LATE,
-     JSON, failed("execution timed out after <n>ms")),
-    ("run_output_limit", post_run(python("print('x' * 10485760)")), "507 Insufficient Storage", JSON,
-     failed("output limit exceeded: limit=10485760 bytes")),
-    ("run_output_far_over_limit", post_run(python("print('x' * 20000000)"), limits={"wall_clock_secs": 2}),
-     LATE, JSON, failed("execution timed out after <n>ms")),
-]  # fmt: skip
-
-MAIN = b"print(open('data/x.txt').read(), __import__('os').getcwd(), __import__('sys').stdin.read().upper())"
-FROM_STDIN = ["sh", "-c", 'exec "$@" < "$0"', "/<u>/stdin", "python3", "main.py"]
-IN_ORDER = [f"<u>/{name}" for name in ("main.py", "data/x.txt", "stdin", "data")]
-MAIN_ROWS = [
-    (post_file("<u>/main.py", MAIN), OK, JSON, '{"path":"<u>/main.py"}'),
-    (post_file("<u>/data/x.txt", b"DATA"), OK, JSON, '{"path":"<u>/data/x.txt"}'),
-    (post_file("<u>/stdin", b"typed in"), OK, JSON, '{"path":"<u>/stdin"}'),
-]
-RUN_U = post_run(["python3", "/<u>.py"], files=["<u>.py"])
-PUT_U = [(post_file("<u>.py", b"print('first')\n"), OK, JSON, '{"path":"<u>.py"}')]
-GONE = (get("/files?path=<u>.py"), MISSING, JSON, failed("file not found"))
-# Each story: its name, and rows without names, in their order.
-STORIES = [
-    ("download_uploaded", [*PUT_U, (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"),
-                                    "print('first')\n")]),
-    ("upload_onto_dir", [
-        (post_file("<u>/sub/x"), OK, JSON, '{"path":"<u>/sub/x"}'),
-        (post_file("<u>/sub"), BAD, JSON, '{"error":"create file: open <any>/<u>/sub: is a directory"}'),
-    ]),
-    ("run_duplicate_files", [
-        *PUT_U,
-        (post_run(files=["<u>.py", "<u>.py"]), FAILED, JSON,
-         r'{"error":"spec build failed: duplicate mount destination: \"/<u>.py\""}'),
-    ]),
-    ("run_reserved_mount", [
-        (post_file("proc"), OK, JSON, '{"path":"proc"}'),
-        (post_run(files=["proc"]), FAILED, JSON,
-         r'{"error":"spec build failed: mount destination conflicts with reserved mount: \"/proc\""}'),
-    ]),
-]  # fmt: skip
-RUN_STORIES = [
-    ("run_with_file", [
-        *PUT_U,
-        (post_file("<u>.py", b"print('second')\n"), OK, JSON, '{"path":"<u>.py"}'),  # upload_replace
-        (RUN_U, OK, JSON, ran(r"second\n")),
-        (RUN_U, BAD, JSON, failed("file not found: <u>.py")),  # run_with_file_again
-        GONE,  # download_after_delete
-    ]),
-    ("run_persist", [
-        *PUT_U,
-        (post_run(["python3", "/<u>.py"], files=["<u>.py"], persist=True), OK, JSON, ran(r"first\n")),
-        (RUN_U, OK, JSON, ran(r"first\n")),  # run_persist_again
-    ]),
-    ("run_folder_mounted", [*MAIN_ROWS, (post_run(FROM_STDIN, cwd="/<u>", files=["<u>"], persist=True), OK,
-                                         JSON, ran(r"DATA /<u> TYPED IN\n"))]),
-    ("run_files_then_folders", [
-        *MAIN_ROWS,
-        (post_run(["python3", "main.py"], cwd="/<u>", files=[*IN_ORDER, "<u>"]), OK, JSON,
-         ran(r"DATA /<u> \n")),
-        (get("/files?path=<u>"), MISSING, JSON, failed("file not found")),
-    ]),
-    ("a_folder_that_is_not_empty_when_its_turn_comes_stays", [
-        *MAIN_ROWS,
-        (post_run(files=["<u>/data", "<u>/data/x.txt"]), OK, JSON, ran()),
-        (get("/files?path=<u>/data/x.txt"), MISSING, JSON, failed("file not found")),
-        (get("/files?path=<u>/data"), MOVED, ("Location: files/?path=<u>/data", *JSON[1:]), ""),
-    ]),
-    ("a_run_that_was_late_leaves_its_files", [
-        *PUT_U,
-        (post_run(["sleep", "9"], files=["<u>.py"], limits={"wall_clock_secs": 1}), LATE, JSON,
-         failed("execution timed out after <n>ms")),
-        (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"), "print('first')\n"),
-    ]),
-]  # fmt: skip
-BIN = "/files?path=output/<kept>/subdir/file.bin"
-ALL_BYTES = bytes(range(256)).decode("latin-1")
-PART = ("Accept-Ranges: bytes", "Content-Length", "Content-Range: bytes 250-255/256",
-        f"Content-Type: {BINARY}", "Last-Modified", "Date")  # fmt: skip
-NO_PART = ("Content-Range: bytes */256", "Content-Type: text/plain; charset=utf-8",
-           "X-Content-Type-Options: nosniff", "Date", "Content-Length")  # fmt: skip
-KEPT_ROWS = [
-    ("download", get("/files?path=output/<kept>/result.json"), OK, file_of("application/json"),
-     '{"value": 42}'),
-    ("download_binary", get(BIN), OK, file_of(BINARY), ALL_BYTES),
-    ("download_empty", get("/files?path=output/<kept>/empty"), OK, file_of("text/plain; charset=utf-8"), ""),
-    ("download_odd_name", get("/files?path=output%2F<kept>%2Fna%20me%2B%2541%20%C3%A9.txt"), OK,
-     file_of("text/plain; charset=utf-8"), "odd"),
-    ("download_symlink", get("/files?path=output/<kept>/link"), MISSING, JSON, failed("file not found")),
-    ("download_index_html_note", get("/files?path=output/<kept>/index.html"), MISSING, JSON,
-     failed("file not found")),
-    ("download_range", get(BIN, "Range: bytes=250-"), "206 Partial Content", PART, ALL_BYTES[250:]),
-    ("download_range_bad", get(BIN, "Range: bytes=999-"), "416 Requested Range Not Satisfiable", NO_PART,
-     "invalid range: failed to overlap\n"),
-    ("download_directory", get("/files?path=output/<kept>/subdir"), MOVED,
-     ("Location: files/?path=output/<kept>/subdir", *JSON[1:]), ""),
-    ("download_directory_root", get("/files?path=output/<kept>"), MOVED,
-     ("Location: files/?path=output/<kept>", *JSON[1:]), ""),
-]  # fmt: skip
-
-
-def by_name(rows: Sequence[Any]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", [pytest.param(row[1:], id=row[0]) for row in rows])
-
-
-@by_name(PLAIN_ROWS)
-def test_an_answer_is_what_a_boxer_server_says(server: Any, names: dict[str, str], row: Any) -> None:
-    check(ask(server, fill(row[0], names)), *row[1:], **names)
-
-
-@in_a_sandbox
-@by_name(RUN_ROWS)
-def test_a_run_is_answered_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
-    answer = ask(server, row[0])
-    check(answer, *row[1:], **names)
-    assert answer.interim == ("HTTP/1.1 100 Continue" if b"Expect:" in row[0] else "")
-
-
-@in_a_sandbox
-@by_name(KEPT_ROWS)
-def test_a_kept_output_is_served_as_by_a_boxer_server(server: Any, kept: str, row: Any) -> None:
-    check(ask(server, fill(row[0], {"kept": kept})), *row[1:], kept=kept)
-
-
-@by_name(STORIES)
-def test_a_file_is_treated_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
-    for request, *expected in row[0]:
-        check(ask(server, fill(request, names)), *expected, **names)
-
-
-@in_a_sandbox
-@by_name(RUN_STORIES)
-def test_a_run_treats_its_files_as_a_boxer_server_does(server: Any, names: dict[str, str], row: Any) -> None:
-    test_a_file_is_treated_as_by_a_boxer_server(server, names, row)
-
-
-def test_an_upload_over_the_limit_is_refused_while_it_is_still_being_sent(server: Any) -> None:
-    head, content = post_file("too-large", b"x" * (32 << 20)).split(b"\r\n\r\n", 1)
-
-    def send() -> None:
-        with contextlib.suppress(ConnectionError):  # the end of it finds the connection closed
-            wire.socket.sendall(head.replace(b"HOST", wire.host.encode()) + b"\r\n\r\n" + content)
-
-    with Wire(server.url) as wire:
-        sender = threading.Thread(target=send)
-        sender.start()
-        answer = wire.answer()
-        sender.join()
-    too_large = "413 Request Entity Too Large"
-    check(answer, too_large, (*JSON, "Connection: close"), failed("upload exceeds limit"))
-    assert answer.closed
-
-
-def test_a_kept_connection_serves_one_request_after_another(server: Any) -> None:
-    with Wire(server.url) as wire:
-        for request in (get("/healthz"), get("/nope"), post_run([]), get("/healthz", "Connection: close")):
-            answer = wire.ask(request)
-        check(answer, OK, (*JSON, "Connection: close"), '{"ok":true}')
-        assert answer.closed
-
-
-def test_what_is_no_http_is_answered_with_400_and_the_end(server: Any) -> None:
-    with Wire(server.url) as wire:
-        wire.socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nbad name: x\r\n\r\n")
-        head = b"Content-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
-        assert wire.file.read() == b"HTTP/1.1 400 Bad Request\r\n" + head + b"400 Bad Request"
-
-
-@in_gvisor
-def test_three_hundred_mounts_are_too_many(server: Any, names: dict[str, str]) -> None:
-    paths = [f"{names['u']}-{number}" for number in range(300)]
-    with Wire(server.url) as wire:
-        for path in paths:
-            assert wire.ask(post_file(path)).status.endswith("200 OK")
-    check(ask(server, post_run(files=paths)), OK, JSON, ran("", "<any>", 128))
-
-
-@in_a_sandbox
-def test_sixteen_runs_go_on_at_once(server: Any) -> None:
-    answers: list[Answer] = []
-    request = post_run(python("print(6 * 7)"))
-    threads = [threading.Thread(target=lambda: answers.append(ask(server, request))) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for answer in answers:
-        check(answer, OK, JSON, ran(r"42\n"))
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_a_run_is_killed_when_its_client_goes_away(server: StandIn) -> None:
-    killed = server.runs_killed
-    with Wire(server.url) as wire:
-        wire.socket.sendall(post_run(["sleep", "60"]).replace(b"HOST", wire.host.encode()))
-        assert server.wait_for(lambda: server.runs_live)
-    assert server.wait_for(lambda: server.runs_killed == killed + 1 and not server.runs_live)
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_a_lost_output_is_a_500_after_which_the_files_are_still_there(names: dict[str, str]) -> None:
-    with StandIn(sandbox=SANDBOX, race=1.0) as server:
-        ask(server, fill(post_file("<u>"), names))
-        with Wire(server.url) as wire:
-            answer = wire.ask(fill(post_run(files=["<u>"]), names))
-        check(answer, FAILED, JSON, '{"error":"read std<any>: read |0: file already closed"}')
-        assert ask(server, fill(get("/files?path=<u>"), names)).status.endswith("200 OK")
-
-
-@of_the_stand_in
-@pytest.mark.parametrize("field", ["Host: example.org", "Host: 127.0.0.1\r\nOrigin: http://localhost"])
-def test_the_stand_in_refuses_what_a_browser_was_made_to_send(server: StandIn, field: str) -> None:
-    assert ask(server, get("/healthz").replace(b"Host: HOST", field.encode())).status.endswith("403 Forbidden")
-
-
-@of_the_stand_in
-def test_the_stand_in_runs_nothing_without_a_sandbox() -> None:
-    with StandIn(sandbox=NoSandbox()) as server:
-        check(ask(server, post_run()), FAILED, JSON, failed("start runsc: no sandbox on this machine"))
-
-
-@of_the_stand_in
-def test_the_stand_in_leaves_nothing_behind() -> None:
-    before = threading.active_count()
-    with StandIn(sandbox=NoSandbox()) as server, Wire(server.url) as wire:
-        wire.ask(get("/healthz"))
-    assert threading.active_count() == before and not os.path.exists(server.folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the tests of the client stand on: both clients as plain calls, and a peer that follows a script
-# ---------------------------------------------------------------------------------------------------------------------
+# Both clients, as plain calls
 
 
 class PlainCalls:
@@ -2962,6 +1717,9 @@ def gather(client: Any, calls: Sequence[tuple[str, tuple[Any, ...], dict[str, An
     with ThreadPoolExecutor(len(calls)) as executor:
         futures = [executor.submit(getattr(client, method), *args, **kwargs) for method, args, kwargs in calls]
         return [future.exception() or future.result() for future in futures]
+
+
+# A server that follows a script: what it receives and says
 
 
 class Do(enum.Enum):
@@ -3153,6 +1911,144 @@ def _line(reader: Any) -> bytes:
     return line
 
 
+# Servers that treat every connection alike
+
+
+class Host(Peer):
+    """A peer that treats any number of connections alike: it sends what `respond` returns for each request.
+
+    That is bytes, followed by Do.FIN or Do.RST if the connection is to end there; a function in it is called.
+    """
+
+    def __init__(self, respond: Callable[[Received], Iterable[Any]], **settings: Any) -> None:
+        super().__init__(_Alike(self), **settings)
+        self.respond = respond
+        self.seen: list[Received] = []
+
+    def __enter__(self) -> Host:
+        super().__enter__()
+        return self
+
+    def serve(self, sock: Any) -> None:
+        with contextlib.suppress(ConnectionError), sock.makefile("rb") as reader:
+            while reader.peek(1):
+                request = _received(reader, with_body=True)
+                self.seen.append(request)
+                for step in self.respond(request):
+                    if step is Do.RST:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    if isinstance(step, Do):
+                        return
+                    step() if callable(step) else sock.sendall(step)
+
+
+class _Alike(collections.abc.Sequence[Any]):
+    """The script of a Host: the same for each connection, of which there are as many as there are."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def __len__(self) -> int:
+        return self.host.connections
+
+    def __getitem__(self, number: Any) -> Any:
+        return [self.host.serve, Do.FIN]
+
+
+class Frail(Host):
+    """A host whose clients may break off anywhere, even within a handshake.
+
+    inside: the context of the TLS that it speaks, as a proxy (is_proxy) within each of the tunnels that it opens.
+    """
+
+    def __init__(
+        self, respond: Callable[[Received], Any], inside: ssl.SSLContext | None = None, is_proxy: bool = False
+    ) -> None:
+        super().__init__(respond)
+        self.inside = inside
+        self.is_proxy = is_proxy
+
+    def serve(self, sock: Any) -> None:
+        with contextlib.suppress(AssertionError, OSError), contextlib.ExitStack() as stack:
+            if self.is_proxy:
+                _received(stack.enter_context(sock.makefile("rb")), with_body=False)
+                sock.sendall(ESTABLISHED)
+            if self.inside is not None:
+                sock = stack.enter_context(self.inside.wrap_socket(sock, server_side=True))
+                self._open.append(sock)
+            super().serve(sock)
+
+
+class Swift(StandIn):
+    """A StandIn that answers to `echo` by itself, so that there can be many runs, and keeps no list of requests."""
+
+    outlived = 0  # runs that went on without their client
+
+    def saw(self, method: str, target: str) -> None:
+        """Forget it."""
+
+    def run(self, content: bytes, client: socket.socket) -> dict[str, object]:
+        """Run what is not just `echo`."""
+        request = run_request(content)
+        if request["cmd"][0] != "echo":
+            try:
+                return super().run(content, client)
+            except Refusal as refusal:
+                self.outlived += refusal.status == 408
+                raise
+        self.store.mounts(request.get("files") or [])
+        self._lose_the_race_at_times()
+        self.store.delete(request.get("files") or [])
+        streams = {"stdout": " ".join(request["cmd"][1:]) + "\n", "stderr": ""}
+        return {"exec_id": f"boxer-{uuid.uuid4()}", "exit_code": 0, **streams, "wall_ms": 1}
+
+
+def refused_url() -> str:
+    with Peer([]) as peer:
+        return peer.url
+
+
+@contextlib.contextmanager
+def never_accepting() -> Iterator[socket.socket]:
+    """A listener whose queue is full."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            sock = sockets.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield listener
+
+
+@contextlib.contextmanager
+def vanishing(*answers: bytes) -> Iterator[str]:
+    """A server that takes one connection, answers as many requests on it, and is gone; yield its URL."""
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        listener.close()
+        with sock, sock.makefile("rb") as reader:
+            for answer in answers:
+                _received(reader, with_body=True)
+                sock.sendall(answer)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.join(30)
+
+
+@contextlib.contextmanager
+def store() -> Iterator[StandIn]:
+    """A server for files alone."""
+    with StandIn(sandbox=NoSandbox()) as stand_in:
+        yield stand_in
+
+
+# What servers say
+
+
 def answer(content: Any = b"", status: str = "200 OK", **fields: str) -> bytes:
     """Return a response with this content, what is neither bytes nor text as JSON, and these fields (`_` for `-`).
 
@@ -3167,15 +2063,1108 @@ def answer(content: Any = b"", status: str = "200 OK", **fields: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
+def failing(status: str, error: Any = "no", **fields: str) -> bytes:
+    return answer({"error": error} if isinstance(error, str) else error, status, **fields)
+
+
+def raw(*fields: str, body: bytes = b"", status: str = "HTTP/1.1 200 OK") -> bytes:
+    return "\r\n".join([status, *fields, "", ""]).encode("latin-1") + body
+
+
 # The Boxer server's answers to what went well.
 WELL = answer({"ok": True})
+WELL_AND_BYE = answer({"ok": True}, Connection="close")
 RUN = {"exec_id": "boxer-1", "exit_code": 0, "stdout": "hi\n", "stderr": "", "wall_ms": 7}
 RAN = answer(RUN)
 STORED = answer({"path": "a.txt"})
+LIMITS = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 5, "nofile": 64}
+JSON_RUN = json.dumps(RUN).encode()
+LENGTH = f"Content-Length: {len(JSON_RUN)}"
+IN_CHUNKS = "Transfer-Encoding: chunked"
+
+
+def chunks(*sizes: int, content: bytes = JSON_RUN, extension: bytes = b"", trailer: bytes = b"") -> bytes:
+    """Return content in chunks of these sizes and one with the rest, and the last chunk."""
+    source = io.BytesIO(content)
+    pieces = [*(source.read(size) for size in sizes), source.read()]
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces if piece) + (
+        b"0%b\r\n%b\r\n" % (extension, trailer)
+    )
+
+
+BROKEN = "500 Internal Server Error"
+RACES = [f"read {name}: read |0: file already closed" for name in ("stdout", "stderr")]
+ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+# Calls, and what comes of them
+
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def run(cmd: str = "true", **more: Any) -> Call:
+    return "run", ("image", [cmd]), more
+
+
+def upload(content: Any) -> Call:
+    return "upload_file", ("a.txt", content), {}
+
+
+GET_HEALTH: Call = ("health", (), {})
+RUN_IT = run()
+PUT_FILE = upload(b"content")
+LARGE = upload(bytes(64 * MIB))  # like the next, it does not fit into any buffer
+BIG_RUN = run(env={"BIG": "x" * 8 * MIB})
+DOWNLOAD: Call = ("download_file", ("a.txt",), {})
+RESULT = RunResult("boxer-1", 0, "hi\n", "", 7)
+EVERY_METHOD: list[tuple[str, tuple[Any, ...]]] = [
+    ("run", ("i", ["c"])),
+    ("upload_file", ("a", b"content")),
+    ("upload_path", (__file__,)),
+    ("download_file", ("a",)),
+]
+
+
+def do(client: Any, call: Call, **more: Any) -> Any:
+    method, args, kwargs = call
+    return getattr(client, method)(*args, **{**kwargs, **more})
+
+
+def outcome(client: Any, call: Call, **more: Any) -> Any:
+    """Make a call, and return what it returns or the error that it raises, if that is one a caller has to expect."""
+    try:
+        return do(client, call, **more)
+    except BoxerError as error:
+        return error
+
+
+def is_expected(got: Any, expected: Any) -> bool:
+    """Compare an outcome with a value; or with the class of an error, its status (None: it has none) and its text."""
+    if not isinstance(expected, tuple):
+        return bool(got == expected)
+    kind, status, text = expected
+    return type(got) is kind and getattr(got, "status_code", None) == status and text in str(got)
+
+
+def lost(text: str = "") -> tuple[type, None, str]:
+    return BoxerConnectionError, None, text
+
+
+def refusal(status: int, text: str = "") -> tuple[type, int, str]:
+    return BoxerAPIError, status, text
+
+
+async def break_off(how: str, coroutine: Any, is_waiting: Callable[[], Any]) -> Any:
+    """Make a call, wait in a thread until it is waiting for its answer, and break it off."""
+    asyncio_: Any = asyncio  # all that Pythons of different age have
+    call = asyncio.ensure_future(coroutine)
+    await asyncio.get_running_loop().run_in_executor(None, is_waiting)
+    if how == "wait_for":
+        await asyncio.wait_for(call, 0.01)
+    elif how == "timeout":
+        async with asyncio_.timeout(0.01):
+            await call
+    elif how == "TaskGroup":
+
+        async def wait() -> None:
+            await call
+
+        async with asyncio_.TaskGroup() as group:
+            group.create_task(wait())
+            await asyncio.sleep(0)
+            raise LookupError
+    call.cancel()
+    await call
+
+
+def all_text(error: BaseException) -> str:
+    """Return everything that an error, and those it came of, could show to anyone."""
+    shown = [*traceback.format_exception(type(error), error, error.__traceback__), repr(pickle.dumps(error))]
+    cause: BaseException | None = error
+    while cause is not None:
+        shown += [str(cause), repr(cause), repr(vars(cause))]
+        cause = cause.__cause__ or cause.__context__
+    return "".join(shown)
+
+
+# Files and folders
+
+
+class Unseekable(io.RawIOBase):
+    """Content that can be read once."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._content.read(size)
+
+
+class Waiting(Unseekable):
+    """Content that cannot be read before something has happened."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__(b"content")
+        self.event = event
+
+    def read(self, size: int = -1) -> bytes:
+        assert size == 0 or self.event.wait(30)
+        return super().read(size)
+
+
+LONG = 24 * MIB  # a file that is not read to its end, nor taken in by the system, as long as the peer takes nothing
+
+
+def all_of_it(sock: Any, into: list[bytes]) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65536):
+            into.append(data)
+
+
+@pytest.fixture(scope="session")
+def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "large.bin"
+    with open(path, "wb") as file:
+        file.truncate(64 * MIB)
+    return path
+
+
+def uploads(client: Any, path: Path) -> Iterator[Any]:
+    for _ in range(20):
+        yield outcome(client, LARGE)
+        with open(path, "rb") as file:
+            yield outcome(client, upload(file))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose files sort differently as paths and as text."""
+    for name in ("a-b.txt", "a/b/deep.txt", "a/x.txt", "é 1%.txt", "a.txt"):
+        (tmp_path / "proj" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proj" / name).write_text(f"content of {name}\r\n")
+    (tmp_path / "proj" / "empty" / "too").mkdir(parents=True)
+    return tmp_path / "proj"
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(str(number))
+    return tmp_path
+
+
+# Time and threads
+
+
+class Clock:
+    """What clients take for the time: it goes ahead by their pauses, which take none, and by `tick` at each look."""
+
+    def __init__(self) -> None:
+        self.ahead = self.tick = 0.0
+        self.pauses: list[float] = []
+        self._real_time, self._real_sleep = time.monotonic, asyncio.sleep
+
+    def time(self) -> float:
+        self.ahead += self.tick
+        return self._real_time() + self.ahead
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.ahead += seconds
+
+    async def async_sleep(self, seconds: float) -> None:
+        if seconds:
+            self.sleep(seconds)
+        await self._real_sleep(0)
+
+    def queue(self) -> queue.SimpleQueue[None]:
+        """Return what the blocking client pauses with, and waits for its turn, which takes the time it takes."""
+        clock = self
+
+        class Queue(queue.SimpleQueue):  # type: ignore[type-arg]
+            def get(self, block: bool = True, timeout: float | None = None) -> Any:
+                if timeout is None:
+                    return super().get()
+                clock.sleep(timeout)
+                raise queue.Empty
+
+        return Queue()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.time)
+    monkeypatch.setattr(boxer, "queue", types.SimpleNamespace(SimpleQueue=clock.queue, Empty=queue.Empty))
+    monkeypatch.setattr(asyncio, "sleep", clock.async_sleep)
+    return clock
+
+
+class Alarm(logging.Handler):
+    """Rings when something is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_rung = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.has_rung.set()
+
+
+@pytest.fixture
+def is_pausing() -> Iterator[threading.Event]:
+    """Tell when a call pauses before another try, which it says in the log."""
+    alarm, log = Alarm(), logging.getLogger("boxer")
+    log.addHandler(alarm)
+    yield alarm.has_rung
+    log.removeHandler(alarm)
+
+
+Interrupts = Callable[[threading.Event], bool]
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Interrupt the main thread, until an event says that it was; return False if that never comes.
+
+    It is interrupted once, by as many signals as it takes: one that falls just before a wait begins is seen by Python
+    when the wait ends, and one that falls within it ends it.
+    """
+    if not hasattr(signal, "pthread_kill"):
+        pytest.skip("this system cannot interrupt a thread")
+    is_new = True
+
+    def interrupt_once(*_: object) -> None:
+        nonlocal is_new
+        if is_new:
+            is_new = False
+            raise KeyboardInterrupt
+
+    def interrupt(is_over: threading.Event) -> bool:
+        end = time.monotonic() + 5
+        while not is_over.wait(0.01) and time.monotonic() < end:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return is_over.is_set()
+
+    before = signal.signal(signal.SIGINT, interrupt_once)
+    yield interrupt
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def in_time(function: Callable[[], Any]) -> Any:
+    """Call a function in another thread; fail if it does not return."""
+    returned: list[Any] = []
+    thread = threading.Thread(target=lambda: returned.append(function()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert returned, "it hangs" if thread.is_alive() else "it failed"
+    return returned[0]
+
+
+def settles(condition: Callable[[], bool]) -> bool:
+    """Wait for something that other threads are about to make true."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        threading.Event().wait(0.001)
+    return condition()
+
+
+def drop(things: list[Any]) -> None:
+    things.clear()
+    gc.collect()
+
+
+class Counting:
+    """Counts the calls of Python functions in this thread."""
+
+    def __enter__(self) -> Counting:
+        self.calls = 0
+        sys.setprofile(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _count(self, _frame: Any, event: str, _: Any) -> None:
+        self.calls += event == "call"
+
+
+# TLS and proxies
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+def serving(ca: trustme.CA, *names: str, clients: trustme.CA | None = None, **issued: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(*(names or ("127.0.0.1",)), **issued).configure_cert(context)
+    if clients is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        clients.configure_trust(context)
+    return context
+
+
+def trusting(ca: trustme.CA, certificate: trustme.LeafCert | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    if certificate is not None:
+        certificate.configure_cert(context)
+    return context
+
+
+def close_notify(sock: Any) -> None:
+    with contextlib.suppress(OSError):
+        sock.unwrap()
+
+
+@pytest.fixture
+def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Begin without a proxy in the environment, and let every name below .test be this machine's."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "REQUEST_METHOD"]:
+        monkeypatch.delenv(name)
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        return look_up("127.0.0.1" if name.endswith(".test") else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return monkeypatch.setenv
+
+
+# Programs beside the tests, and generated examples
+
+
+def program_beside_boxer(folder: Path, code: str, *arguments: str, under: Sequence[str] = ()) -> str:
+    """Run a program beside a copy of the client, without any installed package, and return what it prints."""
+    shutil.copy(inspect.getfile(boxer), folder)
+    (folder / "program.py").write_text(code, "utf-8")
+    line = [*under, sys.executable, "-E", "-S", "-W", "error", "program.py", *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+# More of them search for longer: BOXER_EXAMPLES=20000.
+EXAMPLES = int(os.environ.get("BOXER_EXAMPLES", "200"))
+
+
+def examples(share: float = 1) -> hypothesis.settings:
+    """Return the settings of a test of generated examples, for a share of their usual number."""
+    checks = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+    return hypothesis.settings(
+        max_examples=max(1, int(EXAMPLES * share)),
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=checks,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is sent, and what comes back
+# The contract of the server: what a Boxer server says, byte for byte
+#
+# These tests hold for the stand-in and, where BOXER_URL names one, for a real server.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Answer:
+    """One response as it came: the heads of interim ones, its own, and its content as sent."""
+
+    interim: str
+    status: str
+    fields: list[str]
+    content: bytes
+    closed: bool
+
+
+class Wire:
+    """A connection that sends bytes and reads one answer."""
+
+    def __init__(self, url: str) -> None:
+        """Connect."""
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.netloc
+        self.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.file.close()
+        self.socket.close()
+
+    def ask(self, request: bytes) -> Answer:
+        """Send a request and read what comes back."""
+        self.socket.sendall(request.replace(b"HOST", self.host.encode()))
+        return self.answer(head_only=request.startswith(b"HEAD"))
+
+    def answer(self, *, head_only: bool = False) -> Answer:
+        """Read an answer."""
+        status, *fields = self._head()
+        interim = ""
+        if status.startswith("HTTP/1.1 100"):
+            interim, (status, *fields) = "\n".join([status, *fields]), self._head()
+        sized = [int(field[16:]) for field in fields if field.startswith("Content-Length: ")]
+        content = b"" if head_only else self._chunked() if not sized else self.file.read(sized[0])
+        return Answer(interim, status, fields, content, "Connection: close" in fields and self.file.read() == b"")
+
+    def _head(self) -> list[str]:
+        lines = list(iter(self.file.readline, b"\r\n"))
+        assert lines and all(line.endswith(b"\r\n") for line in lines), lines
+        return [line[:-2].decode("utf-8", "surrogateescape") for line in lines]
+
+    def _chunked(self) -> bytes:
+        lines = [self.file.readline()]
+        lines.append(self.file.read(int(lines[0], 16) + 2))
+        lines.append(self.file.read(5))
+        return b"".join(lines)
+
+
+def get(target: str, *fields: str, method: str = "GET") -> bytes:
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: HOST", *fields, "", ""]).encode()
+
+
+def post(target: str, kind: str, content: bytes, *fields: str) -> bytes:
+    head = get(target, *fields, f"Content-Type: {kind}", f"Content-Length: {len(content)}", method="POST")
+    return head + content
+
+
+def post_run(cmd: Any = ("true",), *fields: str, image: Any = "python:3.12-slim", **request: Any) -> bytes:
+    content = {"image": image, "cmd": cmd, **request}
+    sent = {name: value for name, value in content.items() if value is not ...}
+    return post("/run", "application/json", json.dumps(sent).encode(), *fields)
+
+
+def post_file(path: Any, content: bytes = b"x", name: str = "file") -> bytes:
+    part = b"--BOUNDARY\r\nContent-Disposition: form-data; name="
+    file = b'"%b"; filename="f"\r\nContent-Type: application/octet-stream\r\n\r\n%b\r\n' % (
+        name.encode(),
+        content,
+    )
+    ending = b"--BOUNDARY--\r\n" if path is ... else part + b'"path"\r\n\r\n%b\r\n--BOUNDARY--\r\n' % path.encode()
+    return post("/files", "multipart/form-data; boundary=BOUNDARY", part + file + ending)
+
+
+def chunked(request: bytes) -> bytes:
+    head, content = request.split(b"\r\n\r\n", 1)
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    return head + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+
+
+def python(code: str) -> list[str]:
+    return ["python3", "-c", code]
+
+
+def ran(stdout: str = "", stderr: str = "", code: int = 0) -> str:
+    return f'{{"exec_id":"<id>","exit_code":{code},"stdout":"{stdout}","stderr":"{stderr}","wall_ms":<n>}}'
+
+
+def failed(reason: str) -> str:
+    escaped = reason.replace('"', '\\"')
+    return f'{{"error":"{escaped}"}}'
+
+
+def worded(reason: str, exact: str = "") -> str:
+    """Return the content of a refusal whose text is Go's or the registry's.
+
+    A real server may be built with other versions of these: of its text, only the beginning has to be exact.
+    """
+    return failed(f"{exact}<any>" if REAL_URL else exact + reason)
+
+
+def pattern(text: str, replacements: Mapping[str, str]) -> re.Pattern[str]:
+    """Make a pattern of a text that is exact but for what stands in angle brackets."""
+    named = {
+        "<id>": "boxer-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+        "<n>": r"\d+",
+        "<hex>": "[0-9a-f]+",
+        "<any>": ".*",
+    }
+    for name, value in replacements.items():
+        text = text.replace(name, value)
+    return re.compile("".join(named.get(piece, re.escape(piece)) for piece in re.split("(<[a-z]+>)", text)), re.DOTALL)
+
+
+GMT = r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"
+IS_JSON = "Content-Type: application/json; charset=utf-8"
+JSON = (IS_JSON, "Date", "Content-Length")
+CHUNKED = (IS_JSON, "Date", "Transfer-Encoding: chunked")
+TEXT = ("Content-Type: text/plain", "Date", "Content-Length")
+BINARY = "application/octet-stream"
+
+
+def file_of(kind: str) -> tuple[str, ...]:
+    return ("Accept-Ranges: bytes", "Content-Length", f"Content-Type: {kind}", "Last-Modified", "Date")
+
+
+def check(answer: Answer, status: str, fields: Sequence[str], content: str, **names: str) -> None:
+    """Compare an answer with what it must be: every field, in order, and every byte."""
+    names = {f"<{name}>": value for name, value in names.items()}
+    assert answer.status == f"HTTP/1.1 {status}"
+    expected = [field if ":" in field else f"{field}: <{field.lower().replace('-', '')}>" for field in fields]
+    date = {"date": GMT, "lastmodified": GMT, "contentlength": r"\d+"}
+    assert len(answer.fields) == len(expected), answer.fields
+    for field, wanted in zip(answer.fields, expected):
+        name = wanted.partition("<")[2].rstrip(">")
+        rule = re.escape(wanted.partition("<")[0]) + date[name] if name in date else pattern(wanted, names)
+        assert re.fullmatch(rule, field), (field, wanted)
+    text = answer.content.decode("latin-1" if BINARY in "".join(fields) else "utf-8")
+    assert pattern(content, names).fullmatch(text), text
+    if not answer.content and content == "":
+        return
+    assert "Content-Length" not in fields or f"Content-Length: {len(answer.content)}" in answer.fields
+
+
+def ask(server: Any, request: bytes) -> Answer:
+    """Send a request on a connection of its own; again, when a real server has lost a program's output."""
+    for _ in range(20):
+        with Wire(server.url) as wire:
+            answer = wire.ask(request)
+        if b"file already closed" not in answer.content:
+            break
+    return answer
+
+
+@pytest.fixture(scope="session")
+def kept(server: Any) -> str:
+    """Run a program that leaves outputs of every kind, and return its id."""
+    code = (
+        "import os; os.makedirs('/output/subdir'); os.symlink('/etc/passwd', '/output/link');"
+        "files = {'result.json': b'{\"value\": 42}', 'subdir/file.bin': bytes(range(256)),"
+        " 'empty': b'', 'na me+%41 \\xe9.txt': b'odd'};"
+        "[open('/output/' + name, 'wb').write(data) for name, data in files.items()]"
+    )
+    result = json.loads(ask(server, post_run(python(code), persist=True, env=["PYTHONUTF8=1"])).content)
+    assert result["exit_code"] == 0, result
+    return str(result["exec_id"])
+
+
+def fill(request: bytes, names: Mapping[str, str]) -> bytes:
+    """Put names into a request, and the length right again."""
+    for name, value in names.items():
+        request = request.replace(f"<{name}>".encode(), value.encode())
+    head, content = request.split(b"\r\n\r\n", 1)
+    return re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(content), head) + b"\r\n\r\n" + content
+
+
+@pytest.mark.parametrize("where", [WHERE])
+def test_the_contract_ran_in(where: str) -> None:
+    print(f"programs run in: {where}")
+
+
+# Each row: its name, the request, the status line, the fields, the content. <u> is a name of the row's own.
+NO_SUCH_PATH = "404 page not found"
+INT64 = "json: cannot unmarshal {} into Go struct field ResourceLimits.limits.{} of type int64"
+TAG = "Key: 'RunRequest.{0}' Error:Field validation for '{0}' failed on the '{1}' tag"
+PULL = "image pull failed: "
+MOVED, LATE = "301 Moved Permanently", "408 Request Timeout"
+OK, BAD, MISSING, FAILED = "200 OK", "400 Bad Request", "404 Not Found", "500 Internal Server Error"
+PLAIN_ROWS = [
+    ("healthz", get("/healthz"), OK, JSON, '{"ok":true}'),
+    ("not_found", get("/nope"), MISSING, TEXT, NO_SUCH_PATH),
+    ("method_not_allowed", get("/run"), MISSING, TEXT, NO_SUCH_PATH),
+    ("download_head", get("/files?path=x", method="HEAD"), MISSING, TEXT, ""),
+    ("download_missing", get("/files?path=<u>.txt"), MISSING, JSON, failed("file not found")),
+    ("download_no_path", get("/files"), BAD, JSON, failed("query parameter 'path' is required")),
+    ("download_empty_path", get("/files?path="), BAD, JSON, failed("query parameter 'path' is required")),
+    ("download_traversal", get("/files?path=../../etc/passwd"), BAD, JSON,
+     r'{"error":"invalid path: \"../../etc/passwd\""}'),
+    ("upload", post_file("<u>"), OK, JSON, '{"path":"<u>"}'),
+    ("upload_empty", post_file("<u>", b""), OK, JSON, '{"path":"<u>"}'),
+    ("upload_nested", post_file("<u>/sub/data.bin", bytes(range(256))), OK, JSON,
+     '{"path":"<u>/sub/data.bin"}'),
+    ("upload_leading_slash", post_file("/<u>/x"), OK, JSON, '{"path":"/<u>/x"}'),
+    ("upload_unicode", post_file("<u>/donn\u00e9es/\u4e16\u754c.txt"), OK, JSON,
+     '{"path":"<u>/donn\u00e9es/\u4e16\u754c.txt"}'),
+    ("upload_spaces", post_file('<u> b/"q" %41+c.txt'), OK, JSON, r'{"path":"<u> b/\"q\" %41+c.txt"}'),
+    ("upload_dot", post_file("."), BAD, JSON, r'{"error":"invalid path: \".\""}'),
+    ("upload_traversal", post_file("../../etc/x"), BAD, JSON, r'{"error":"invalid path: \"../../etc/x\""}'),
+    ("upload_output_prefix", post_file("output/x"), BAD, JSON,
+     r"""{"error":"path uses reserved prefix 'output/': \"output/x\""}"""),
+    ("upload_empty_path", post_file(""), BAD, JSON, failed("form field 'path' is required")),
+    ("upload_no_path", post_file(...), BAD, JSON, failed("form field 'path' is required")),
+    ("upload_no_file", post_file("<u>", name="other"), BAD, JSON,
+     worded("http: no such file", exact="form field 'file' is required: ")),
+    ("upload_not_multipart", post("/files", "application/json", b"{}"), BAD, JSON,
+     worded("request Content-Type isn't multipart/form-data", exact="form field 'file' is required: ")),
+    ("run_bad_json", post("/run", "application/json", b"{nope"), BAD, JSON,
+     worded("invalid character 'n' looking for beginning of object key string")),
+    ("run_empty_cmd", post_run([]), BAD, JSON, worded(TAG.format("Cmd", "min"))),
+    ("run_no_cmd", post_run(...), BAD, JSON, worded(TAG.format("Cmd", "required"))),
+    ("run_empty_image", post_run(image=""), BAD, JSON, worded(TAG.format("Image", "required"))),
+    ("run_no_image", post_run(image=...), BAD, JSON, worded(TAG.format("Image", "required"))),
+    ("run_limits_float_int", post_run(limits={"wall_clock_secs": 1.5}), BAD, JSON,
+     worded(INT64.format("number 1.5", "wall_clock_secs"))),
+    ("run_limits_wrong_type", post_run(limits={"memory_mb": "128"}), BAD, JSON,
+     worded(INT64.format("string", "memory_mb"))),
+    ("run_network_invalid", post_run(network="wifi"), BAD, JSON,
+     failed("invalid network: must be none, sandbox, or host")),
+    ("run_bad_image_ref", post_run(image="UPPER CASE!!"), FAILED, JSON,
+     worded("resolve digest for UPPER CASE!!: parse ref: could not parse reference: UPPER CASE!!", exact=PULL)),
+    ("run_unknown_image", post_run(image="no-such-image:latest"), FAILED, JSON,
+     worded("resolve digest for no-such-image:latest: docker inspect no-such-image:latest: "
+            "Error response from daemon: No such image: no-such-image:latest", exact=PULL)),
+    ("run_file_missing", post_run(files=["<u>.py"]), BAD, JSON, failed("file not found: <u>.py")),
+    ("run_file_traversal", post_run(files=["../../etc/passwd"]), BAD, JSON,
+     r'{"error":"invalid file path: invalid path: \"../../etc/passwd\""}'),
+    ("run_wall_clock_huge", post_run(limits={"wall_clock_secs": 10**10}), FAILED, JSON,
+     failed("start runsc: context deadline exceeded")),
+]  # fmt: skip
+EVERY_LIMIT = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 10, "nofile": 64}
+NO_LIMIT = {"cpu_cores": None, "memory_mb": 0, "wall_clock_secs": 0}
+ON_BOTH = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+ODD_TEXT = r"print('h\u00e9llo \u4e16\u754c \U0001f600 <b>&amp;</b> \u2028')"
+NO_PROGRAM = (
+    r"<any>no-such-program<any>"  # in the words of some version of gVisor
+    if REAL_URL
+    else r"<any>error finding executable \"no-such-program\" in PATH [<any>]: no such file or directory\n"
+)
+RUN_ROWS = [
+    ("run_hello", post_run(python("print('hello world')")), OK, JSON, ran(r"hello world\n")),
+    ("run_exit_code", post_run(python(ON_BOTH)), OK, JSON, ran(r"out\n", r"err\n", 3)),
+    ("run_env_cwd", post_run(python("import os; print(os.environ['A'], os.getcwd())"), env=["A=hi"],
+                             cwd="/tmp"), OK, JSON, ran(r"hi /tmp\n")),
+    ("run_bad_cwd", post_run(["pwd"], cwd="/no/such/dir"), OK, JSON, ran(r"/no/such/dir\n")),
+    ("run_bad_env", post_run(env=["NOEQUALS"]), OK, JSON, ran("", "<any>", 128)),
+    ("run_command_not_found", post_run(["no-such-program"]), OK, JSON, ran("", NO_PROGRAM, 128)),
+    ("run_missing_program_under_sh", post_run(["sh", "-c", 'exec "$@"', "sh", "no-such-program"]), OK, JSON,
+     ran("", "sh: <any>no-such-program: not found\\n", 127)),
+    ("run_killed_by_signal", post_run(["sh", "-c", "kill -9 $$"]), OK, JSON, ran(code=137)),
+    ("run_stdin", post_run(python("import sys; print(repr(sys.stdin.read()))")), OK, JSON, ran(r"''\n")),
+    ("run_invalid_utf8", post_run(python(r"import sys; sys.stdout.buffer.write(b'a\xff\xfe\x00b')")), OK,
+     JSON, ran(r"a\ufffd\ufffd\u0000b")),
+    ("run_unicode", post_run(python(ODD_TEXT), env=["PYTHONUTF8=1"]), OK, JSON,
+     ran("h\u00e9llo \u4e16\u754c \U0001f600 \\u003cb\\u003e\\u0026amp;\\u003c/b\\u003e \\u2028\\n")),
+    ("run_limits", post_run(limits=EVERY_LIMIT), OK, JSON, ran()),
+    ("run_limits_negative", post_run(limits={"memory_mb": -5}), OK, JSON, ran()),
+    ("run_limits_null", post_run(limits=NO_LIMIT), OK, JSON, ran()),
+    ("run_network_none", post_run(network="none"), OK, JSON, ran()),
+    ("run_unknown_field", post_run(surprise=1), OK, JSON, ran()),
+    ("run_chunked_request", chunked(post_run()), OK, JSON, ran()),
+    ("run_expect_continue", post_run(("true",), "Expect: 100-continue"), OK, JSON, ran()),
+    ("run_long_output", post_run(python("print('y' * 5000)")), OK, CHUNKED,
+     "<hex>\r\n" + ran("y" * 5000 + r"\n") + "\r\n0\r\n\r\n"),
+    ("run_timeout", post_run(python("while True: pass"), limits={"wall_clock_secs": 1}), LATE,
+     JSON, failed("execution timed out after <n>ms")),
+    ("run_output_limit", post_run(python("print('x' * 10485760)")), "507 Insufficient Storage", JSON,
+     failed("output limit exceeded: limit=10485760 bytes")),
+    ("run_output_far_over_limit", post_run(python("print('x' * 20000000)"), limits={"wall_clock_secs": 2}),
+     LATE, JSON, failed("execution timed out after <n>ms")),
+]  # fmt: skip
+MAIN = b"print(open('data/x.txt').read(), __import__('os').getcwd(), __import__('sys').stdin.read().upper())"
+FROM_STDIN = ["sh", "-c", 'exec "$@" < "$0"', "/<u>/stdin", "python3", "main.py"]
+IN_ORDER = [f"<u>/{name}" for name in ("main.py", "data/x.txt", "stdin", "data")]
+MAIN_ROWS = [
+    (post_file("<u>/main.py", MAIN), OK, JSON, '{"path":"<u>/main.py"}'),
+    (post_file("<u>/data/x.txt", b"DATA"), OK, JSON, '{"path":"<u>/data/x.txt"}'),
+    (post_file("<u>/stdin", b"typed in"), OK, JSON, '{"path":"<u>/stdin"}'),
+]
+RUN_U = post_run(["python3", "/<u>.py"], files=["<u>.py"])
+PUT_U = [(post_file("<u>.py", b"print('first')\n"), OK, JSON, '{"path":"<u>.py"}')]
+GONE = (get("/files?path=<u>.py"), MISSING, JSON, failed("file not found"))
+# Each story: its name, and rows without names, in their order.
+STORIES = [
+    ("download_uploaded", [*PUT_U, (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"),
+                                    "print('first')\n")]),
+    ("upload_onto_dir", [
+        (post_file("<u>/sub/x"), OK, JSON, '{"path":"<u>/sub/x"}'),
+        (post_file("<u>/sub"), BAD, JSON, '{"error":"create file: open <any>/<u>/sub: is a directory"}'),
+    ]),
+    ("run_duplicate_files", [
+        *PUT_U,
+        (post_run(files=["<u>.py", "<u>.py"]), FAILED, JSON,
+         r'{"error":"spec build failed: duplicate mount destination: \"/<u>.py\""}'),
+    ]),
+    ("run_reserved_mount", [
+        (post_file("proc"), OK, JSON, '{"path":"proc"}'),
+        (post_run(files=["proc"]), FAILED, JSON,
+         r'{"error":"spec build failed: mount destination conflicts with reserved mount: \"/proc\""}'),
+    ]),
+]  # fmt: skip
+RUN_STORIES = [
+    ("run_with_file", [
+        *PUT_U,
+        (post_file("<u>.py", b"print('second')\n"), OK, JSON, '{"path":"<u>.py"}'),  # upload_replace
+        (RUN_U, OK, JSON, ran(r"second\n")),
+        (RUN_U, BAD, JSON, failed("file not found: <u>.py")),  # run_with_file_again
+        GONE,  # download_after_delete
+    ]),
+    ("run_persist", [
+        *PUT_U,
+        (post_run(["python3", "/<u>.py"], files=["<u>.py"], persist=True), OK, JSON, ran(r"first\n")),
+        (RUN_U, OK, JSON, ran(r"first\n")),  # run_persist_again
+    ]),
+    ("run_folder_mounted", [*MAIN_ROWS, (post_run(FROM_STDIN, cwd="/<u>", files=["<u>"], persist=True), OK,
+                                         JSON, ran(r"DATA /<u> TYPED IN\n"))]),
+    ("run_files_then_folders", [
+        *MAIN_ROWS,
+        (post_run(["python3", "main.py"], cwd="/<u>", files=[*IN_ORDER, "<u>"]), OK, JSON,
+         ran(r"DATA /<u> \n")),
+        (get("/files?path=<u>"), MISSING, JSON, failed("file not found")),
+    ]),
+    ("a_folder_that_is_not_empty_when_its_turn_comes_stays", [
+        *MAIN_ROWS,
+        (post_run(files=["<u>/data", "<u>/data/x.txt"]), OK, JSON, ran()),
+        (get("/files?path=<u>/data/x.txt"), MISSING, JSON, failed("file not found")),
+        (get("/files?path=<u>/data"), MOVED, ("Location: files/?path=<u>/data", *JSON[1:]), ""),
+    ]),
+    ("a_run_that_was_late_leaves_its_files", [
+        *PUT_U,
+        (post_run(["sleep", "9"], files=["<u>.py"], limits={"wall_clock_secs": 1}), LATE, JSON,
+         failed("execution timed out after <n>ms")),
+        (get("/files?path=<u>.py"), OK, file_of("text/x-python; charset=utf-8"), "print('first')\n"),
+    ]),
+]  # fmt: skip
+BIN = "/files?path=output/<kept>/subdir/file.bin"
+ALL_BYTES = bytes(range(256)).decode("latin-1")
+PART = ("Accept-Ranges: bytes", "Content-Length", "Content-Range: bytes 250-255/256",
+        f"Content-Type: {BINARY}", "Last-Modified", "Date")  # fmt: skip
+NO_PART = ("Content-Range: bytes */256", "Content-Type: text/plain; charset=utf-8",
+           "X-Content-Type-Options: nosniff", "Date", "Content-Length")  # fmt: skip
+KEPT_ROWS = [
+    ("download", get("/files?path=output/<kept>/result.json"), OK, file_of("application/json"),
+     '{"value": 42}'),
+    ("download_binary", get(BIN), OK, file_of(BINARY), ALL_BYTES),
+    ("download_empty", get("/files?path=output/<kept>/empty"), OK, file_of("text/plain; charset=utf-8"), ""),
+    ("download_odd_name", get("/files?path=output%2F<kept>%2Fna%20me%2B%2541%20%C3%A9.txt"), OK,
+     file_of("text/plain; charset=utf-8"), "odd"),
+    ("download_symlink", get("/files?path=output/<kept>/link"), MISSING, JSON, failed("file not found")),
+    ("download_index_html_note", get("/files?path=output/<kept>/index.html"), MISSING, JSON,
+     failed("file not found")),
+    ("download_range", get(BIN, "Range: bytes=250-"), "206 Partial Content", PART, ALL_BYTES[250:]),
+    ("download_range_bad", get(BIN, "Range: bytes=999-"), "416 Requested Range Not Satisfiable", NO_PART,
+     "invalid range: failed to overlap\n"),
+    ("download_directory", get("/files?path=output/<kept>/subdir"), MOVED,
+     ("Location: files/?path=output/<kept>/subdir", *JSON[1:]), ""),
+    ("download_directory_root", get("/files?path=output/<kept>"), MOVED,
+     ("Location: files/?path=output/<kept>", *JSON[1:]), ""),
+]  # fmt: skip
+
+
+def by_name(rows: Sequence[Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", [pytest.param(row[1:], id=row[0]) for row in rows])
+
+
+@by_name(PLAIN_ROWS)
+def test_an_answer_is_what_a_boxer_server_says(server: Any, names: dict[str, str], row: Any) -> None:
+    check(ask(server, fill(row[0], names)), *row[1:], **names)
+
+
+@in_a_sandbox
+@by_name(RUN_ROWS)
+def test_a_run_is_answered_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
+    answer = ask(server, row[0])
+    check(answer, *row[1:], **names)
+    assert answer.interim == ("HTTP/1.1 100 Continue" if b"Expect:" in row[0] else "")
+
+
+@in_a_sandbox
+@by_name(KEPT_ROWS)
+def test_a_kept_output_is_served_as_by_a_boxer_server(server: Any, kept: str, row: Any) -> None:
+    check(ask(server, fill(row[0], {"kept": kept})), *row[1:], kept=kept)
+
+
+@by_name(STORIES)
+def test_a_file_is_treated_as_by_a_boxer_server(server: Any, names: dict[str, str], row: Any) -> None:
+    for request, *expected in row[0]:
+        check(ask(server, fill(request, names)), *expected, **names)
+
+
+@in_a_sandbox
+@by_name(RUN_STORIES)
+def test_a_run_treats_its_files_as_a_boxer_server_does(server: Any, names: dict[str, str], row: Any) -> None:
+    test_a_file_is_treated_as_by_a_boxer_server(server, names, row)
+
+
+def test_an_upload_over_the_limit_is_refused_while_it_is_still_being_sent(server: Any) -> None:
+    head, content = post_file("too-large", b"x" * (32 << 20)).split(b"\r\n\r\n", 1)
+
+    def send() -> None:
+        with contextlib.suppress(ConnectionError):  # the end of it finds the connection closed
+            wire.socket.sendall(head.replace(b"HOST", wire.host.encode()) + b"\r\n\r\n" + content)
+
+    with Wire(server.url) as wire:
+        sender = threading.Thread(target=send)
+        sender.start()
+        answer = wire.answer()
+        sender.join()
+    too_large = "413 Request Entity Too Large"
+    check(answer, too_large, (*JSON, "Connection: close"), failed("upload exceeds limit"))
+    assert answer.closed
+
+
+def test_a_kept_connection_serves_one_request_after_another(server: Any) -> None:
+    with Wire(server.url) as wire:
+        for request in (get("/healthz"), get("/nope"), post_run([]), get("/healthz", "Connection: close")):
+            answer = wire.ask(request)
+        check(answer, OK, (*JSON, "Connection: close"), '{"ok":true}')
+        assert answer.closed
+
+
+def test_what_is_no_http_is_answered_with_400_and_the_end(server: Any) -> None:
+    with Wire(server.url) as wire:
+        wire.socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nbad name: x\r\n\r\n")
+        head = b"Content-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+        said, _, reason = wire.file.read().partition(b"400 Bad Request\r\n" + head)
+        assert said == b"HTTP/1.1 "
+        assert reason == b"400 Bad Request" or (REAL_URL and reason.startswith(b"400 Bad Request: "))
+
+
+@in_gvisor
+def test_three_hundred_mounts_are_too_many(server: Any, names: dict[str, str]) -> None:
+    paths = [f"{names['u']}-{number}" for number in range(300)]
+    with Wire(server.url) as wire:
+        for path in paths:
+            assert wire.ask(post_file(path)).status.endswith("200 OK")
+    check(ask(server, post_run(files=paths)), OK, JSON, ran("", "<any>", 128))
+
+
+@in_a_sandbox
+def test_sixteen_runs_go_on_at_once(server: Any) -> None:
+    answers: list[Answer] = []
+    request = post_run(python("print(6 * 7)"))
+    threads = [threading.Thread(target=lambda: answers.append(ask(server, request))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        check(answer, OK, JSON, ran(r"42\n"))
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_run_is_killed_when_its_client_goes_away(server: StandIn) -> None:
+    killed = server.runs_killed
+    with Wire(server.url) as wire:
+        wire.socket.sendall(post_run(["sleep", "60"]).replace(b"HOST", wire.host.encode()))
+        assert server.wait_for(lambda: server.runs_live)
+    assert server.wait_for(lambda: server.runs_killed == killed + 1 and not server.runs_live)
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_lost_output_is_a_500_after_which_the_files_are_still_there(names: dict[str, str]) -> None:
+    with StandIn(sandbox=SANDBOX, race=1.0) as server:
+        ask(server, fill(post_file("<u>"), names))
+        with Wire(server.url) as wire:
+            answer = wire.ask(fill(post_run(files=["<u>"]), names))
+        check(answer, FAILED, JSON, '{"error":"read std<any>: read |0: file already closed"}')
+        assert ask(server, fill(get("/files?path=<u>"), names)).status.endswith("200 OK")
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("field", ["Host: example.org", "Host: 127.0.0.1\r\nOrigin: http://localhost"])
+def test_the_stand_in_refuses_what_a_browser_was_made_to_send(server: StandIn, field: str) -> None:
+    assert ask(server, get("/healthz").replace(b"Host: HOST", field.encode())).status.endswith("403 Forbidden")
+
+
+@of_the_stand_in
+def test_the_stand_in_runs_nothing_without_a_sandbox() -> None:
+    with StandIn(sandbox=NoSandbox()) as server:
+        check(ask(server, post_run()), FAILED, JSON, failed("start runsc: no sandbox on this machine"))
+
+
+@of_the_stand_in
+def test_the_stand_in_leaves_nothing_behind() -> None:
+    before = threading.active_count()
+    with StandIn(sandbox=NoSandbox()) as server, Wire(server.url) as wire:
+        wire.ask(get("/healthz"))
+    assert threading.active_count() == before and not os.path.exists(server.folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD_LIMITS = [
+    *[(name, value, "from 0 (the server's default) to") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
+    *[(name, v, "number, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
+    *[(name, 1.5, "must be a whole number") for name in LIMITS if name != "cpu_cores"],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), BAD_LIMITS)
+def test_a_limit_that_cannot_be_right_is_refused_when_made_and_when_sent(
+    client_of: Clients, name: str, value: Any, text: str
+) -> None:
+    limits = ResourceLimits()
+    setattr(limits, name, value)
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        for refuser in (
+            lambda: ResourceLimits(**{name: value}),
+            limits.to_dict,
+            lambda: client.run("i", ["c"], limits=limits),
+            lambda: client.run("i", ["c"], limits={name: value}),
+        ):
+            with pytest.raises(BoxerValidationError) as caught:
+                refuser()
+            assert str(caught.value).startswith(f"{name} must ") and text in str(caught.value)
+
+
+def test_limits_can_be_changed_until_they_are_sent(client_of: Clients) -> None:
+    limits = ResourceLimits(0.5, 128)
+    assert limits == ResourceLimits(memory_mb=128, cpu_cores=0.5)
+    assert limits.to_dict() == {"cpu_cores": 0.5, "memory_mb": 128}
+    limits.memory_mb = 256
+    with Peer.answering(RAN) as peer:
+        client_of(peer.url).run("i", ["c"], limits=limits)
+    assert peer.request.json["limits"] == {"cpu_cores": 0.5, "memory_mb": 256}
+
+
+def test_a_run_request_is_a_value_that_hides_what_env_says() -> None:
+    request = RunRequest("i", ["c"], env={"TOKEN": "s3cret", "B": ""}, limits={"nofile": 5}, files=["a"])
+    assert request == RunRequest("i", ("c",), ["TOKEN=s3cret", "B="], None, ResourceLimits(nofile=5), ["a"])
+    assert "s3cret" not in repr(request) and "env=['TOKEN', 'B']" in repr(request) and "image='i'" in repr(request)
+    assert pickle.loads(pickle.dumps(request)) == copy.deepcopy(request) == request
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.image = "j"  # type: ignore[misc]
+
+
+def test_a_run_request_is_done_by_its_parameters(client_of: Clients) -> None:
+    given: dict[str, Any] = {
+        "env": {"A": "1"}, "cwd": "/w", "limits": {"nofile": 5}, "files": ["a"], "persist": True, "network": "none"
+    }  # fmt: skip
+    with Peer.answering(RAN, RAN, RAN, RAN) as peer:
+        client = client_of(peer.url)
+        for parameters in ({}, given):
+            client.run("i", ["c"], **parameters)
+            client.run(**vars(RunRequest("i", ["c"], **parameters)))
+    bodies = [json.loads(request.body) for request in peer.requests[0]]
+    assert bodies[0] == bodies[1] == {"image": "i", "cmd": ["c"]}
+    assert bodies[2] == bodies[3] == {**bodies[0], **given, "env": ["A=1"]}
+
+
+def test_a_result_is_a_mutable_dataclass() -> None:
+    result = RunResult("boxer-1", 0, "out", "err", 7)
+    assert result == RunResult(exec_id="boxer-1", exit_code=0, stdout="out", stderr="err", wall_ms=7)
+    assert dataclasses.is_dataclass(result) and result.ok and result.check() is result
+    assert result.output_path("sub/x.json") == "output/boxer-1/sub/x.json"
+    result.exit_code = 2
+    assert not result.ok and result != RunResult("boxer-1", 0, "out", "err", 7)
+    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
+    with pytest.raises(BoxerValidationError, match="a path is empty"):
+        result.output_path("")
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_result_of_wrong_types_cannot_be_made(name: str) -> None:
+    wanted = type(RUN[name])
+    others: tuple[Any, ...] = (5,) if wanted is str else ("5", True)
+    for value in (None, b"x", 1.0, *others):
+        with pytest.raises(TypeError, match=f"RunResult.{name} must be {wanted.__name__}, got {type(value).__name__}"):
+            RunResult(**dict(RUN, **{name: value}))
+
+
+class Text(str):
+    """A kind of str, as every str of an enumeration is."""
+
+    __slots__ = ()
+
+
+def test_a_result_may_hold_any_kind_of_text() -> None:
+    assert RunResult(Text("boxer-1"), 0, Text(""), Text(""), 1).exec_id == "boxer-1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_errors_are_a_tree() -> None:
+    tree = {
+        BoxerError: (Exception,),
+        BoxerValidationError: (BoxerError, ValueError),
+        BoxerConnectionError: (BoxerError, ConnectionError),
+        BoxerExitError: (BoxerError,),
+        BoxerAPIError: (BoxerError,),
+        BoxerTimeoutError: (BoxerAPIError,),
+        BoxerOutputLimitError: (BoxerAPIError,),
+    }
+    for error, bases in tree.items():
+        assert error.__bases__ == bases
+    assert not issubclass(BoxerTimeoutError, (TimeoutError, OSError))
+
+
+def errors_of_every_kind() -> list[BoxerError]:
+    raised = BoxerConnectionError("h:1: lost")
+    raised.__cause__ = ConnectionResetError(104, "reset")
+    return [
+        BoxerError("a"),
+        BoxerValidationError("a sentence"),
+        raised,
+        BoxerConnectionError("h:1: no connection", request_sent=False),
+        BoxerExitError(RunResult("boxer-1", 3, "out", "line\nlast", 7)),
+        BoxerAPIError("é", 404),
+        BoxerAPIError(message="", status_code=500),
+        BoxerTimeoutError("late", 0),
+        BoxerOutputLimitError("too much", 507),
+    ]
+
+
+@pytest.mark.parametrize("error", errors_of_every_kind(), ids=repr)
+def test_every_error_pickles_and_copies(error: BoxerError) -> None:
+    error.__dict__["__notes__"] = ["of the caller's"]  # as add_note() of newer Pythons does
+    pickled = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for again in [*pickled, copy.copy(error), copy.deepcopy(error)]:
+        assert type(again) is type(error) and again is not error
+        assert (str(again), vars(again), again.args) == (str(error), vars(error), error.args)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "text"),
+    [
+        ("", "exit code 3"),
+        (" \n", "exit code 3"),
+        ("Traceback:\n  x\nValueError: no\x1b[31m\n\n", "exit code 3: ValueError: no [31m"),
+        ("x" * 10_000, "exit code 3: " + "x" * 2_000),
+    ],
+)
+def test_a_checked_run_that_failed_raises_its_result(client_of: Clients, stderr: str, text: str) -> None:
+    failed = {**RUN, "exit_code": 3, "stderr": stderr}
+    with Peer.answering(RAN, answer(failed)) as peer:
+        client = client_of(peer.url)
+        assert client.run("i", ["c"], check=True).ok
+        with pytest.raises(BoxerExitError) as caught:
+            client.run("i", ["c"], check=True)
+    assert (caught.value.result, str(caught.value)) == (RunResult(**failed), text)  # type: ignore[arg-type]
+
+
+STATUSES = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
+
+
+@pytest.mark.parametrize("status", [300, 302, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 504, 507, 599, 999])
+def test_a_status_decides_the_class_of_the_error(client_of: Clients, status: int) -> None:
+    with Peer.answering(*[answer({"error": "because"}, f"{status} Reason")] * 4) as peer:
+        client = client_of(peer.url, retries=0)
+        for method, args in EVERY_METHOD:
+            with pytest.raises(BoxerAPIError, match=r"^because") as caught:
+                getattr(client, method)(*args)
+            assert type(caught.value) is STATUSES.get(status, BoxerAPIError)
+            assert caught.value.status_code == status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests: what is sent, and what is refused before anything is sent
 # ---------------------------------------------------------------------------------------------------------------------
 
 ODD_PATH = "output/a b+%41&x=1#?é世\"'\\\r\n\0.txt"
@@ -3213,7 +3202,6 @@ class Word(str, enum.Enum):
     ONE = "1"
 
 
-LIMITS = {"cpu_cores": 0.5, "memory_mb": 128, "pids_limit": 32, "wall_clock_secs": 5, "nofile": 64}
 # Each row: what is given to run(), and which members this adds to its JSON.
 RUN_MEMBERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -3307,17 +3295,6 @@ def opened(content: bytes, kind: Any = io.BufferedReader) -> Any:
     return file
 
 
-class Reporting(io.BufferedReader):
-    """A file that tells how far it was read, as those of progress bars do."""
-
-    reported = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        piece = super().read(size)
-        self.reported += len(piece)
-        return piece
-
-
 MUCH = b"0123456789" * 70_000
 LARGE_CONTENT = b"".join(b"%06d\n" % number for number in range(1_300_000))  # no two pieces of it are the same
 # Each row: what makes the content, the bytes that arrive, and whether their number is known beforehand.
@@ -3351,6 +3328,17 @@ def test_content_arrives_whole_however_it_is_given(client_of: Clients, kind: str
     assert peer.request.content == multipart(peer.request, "a.txt", expected)
     framing = {name for name in peer.request.fields if name in ("content-length", "transfer-encoding")}
     assert framing == {"content-length" if is_sized else "transfer-encoding"}
+
+
+class Reporting(io.BufferedReader):
+    """A file that tells how far it was read, as those of progress bars do."""
+
+    reported = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        piece = super().read(size)
+        self.reported += len(piece)
+        return piece
 
 
 def test_a_file_that_reports_what_is_read_is_read_by_its_own_read(client_of: Clients) -> None:
@@ -3395,7 +3383,7 @@ class Blocked(io.RawIOBase):
 
 
 UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "blocks": (lambda: io.BufferedReader(Blocked()), BoxerError, "changed its size while it was sent"),
+    "blocks": (lambda: io.BufferedReader(Blocked()), TypeError, "must give bytes, not NoneType"),
     "shrinks": (lambda: Fickle(b"1234"), BoxerError, "changed its size while it was sent"),
     "grows": (lambda: Fickle(b"123456"), BoxerError, "changed its size while it was sent"),
     "becomes text": (lambda: reads([b"1", "2"]), TypeError, "must give bytes, not str"),
@@ -3417,6 +3405,62 @@ def test_a_file_that_turns_out_unfit_is_never_sent_as_if_it_were_whole(client_of
         client_of(peer.url).upload_file("a", make())
 
 
+class Changing(io.FileIO):
+    """A file that is given another size once a part of it was read."""
+
+    def __init__(self, path: Path, new_size: int) -> None:
+        super().__init__(path)
+        self.new_size = new_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        content: bytes = super().read(size) or b""
+        if size:
+            os.truncate(self.name, self.new_size)
+        return content
+
+
+@pytest.mark.parametrize("kind", ["the system's", "one with a read of its own"])
+@pytest.mark.parametrize("size", [LONG + MIB, LONG + 1, LONG - 1, 0])
+def test_a_file_that_changes_its_size_is_never_a_whole_upload(
+    client_of: Clients, size: int, kind: str, tmp_path: Path
+) -> None:
+    path, received = tmp_path / "file", list[bytes]()
+    path.touch()
+    os.truncate(path, LONG)
+
+    def take(sock: Any) -> None:
+        if kind == "the system's":
+            os.truncate(path, size)
+        all_of_it(sock, received)
+
+    with Peer([[take, Do.FIN], [Do.REQUEST, WELL]]) as peer:
+        with open(path, "rb") if kind == "the system's" else Changing(path, size) as file:
+            client = client_of(peer.url)
+            got = outcome(client, upload(file))
+        assert type(got) is BoxerError and "size" in str(got)
+        assert client.health()
+    head, _, body = b"".join(received).partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: ([0-9]+)", head.lower())
+    assert length is not None and len(body) < int(length[1])
+
+
+class Failing(io.BytesIO):
+    """A file that cannot be read to its end."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size and self.tell() > MIB:
+            raise OSError(5, "the disk is broken")
+        return super().read(size)
+
+
+def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -> None:
+    with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(OSError, match="the disk is broken"):
+            client.upload_file("a.txt", Failing(bytes(2 * MIB)))
+        assert client.health()
+
+
 def test_every_upload_has_a_boundary_of_its_own(client_of: Clients) -> None:
     with Peer.answering(*[STORED] * 9) as peer:
         client = client_of(peer.url)
@@ -3425,8 +3469,647 @@ def test_every_upload_has_a_boundary_of_its_own(client_of: Clients) -> None:
     assert len({request.fields["content-type"] for request in peer.requests[0]}) == 9
 
 
+def test_boundaries_cannot_be_foreseen(client_of: Clients) -> None:
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        for _ in range(2000):
+            random.seed(0)
+            client.upload_file("a", b"")
+    random.seed()
+    matches = [re.search("boundary=([0-9a-f]{32})$", request.fields["content-type"]) for request in host.seen]
+    numbers = [int(match[1], 16) for match in matches if match]
+    assert len(set(numbers)) == 2000
+    # No bit is always the same, or can be told from others: there are 128 that are linearly independent.
+    independent: list[int] = []
+    for number in numbers:
+        rest = functools.reduce(lambda left, one: min(left, left ^ one), independent, number ^ numbers[0])
+        independent += [rest] if rest else []
+    assert len(independent) == 128
+
+
+def asked(request: Received) -> dict[str, Any]:
+    """Read a request by other means than the client's; in the result, only names of header fields have no space."""
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(request.head + request.body)
+    event, content = connection.next_event(), b""
+    assert isinstance(event, h11.Request)
+    while isinstance(data := connection.next_event(), h11.Data):
+        content += data.data
+    assert isinstance(data, h11.EndOfMessage) and connection.trailing_data == (b"", False)
+    said: dict[str, Any] = {name.decode(): value for name, value in event.headers}
+    assert len(said) == len(event.headers)
+    said.pop("content-length", None)
+    path, _, query = event.target.decode().partition("?")
+    said.update({"the method": event.method, "the path": urllib.parse.unquote_to_bytes(path)})
+    said["the query"] = urllib.parse.parse_qs(query, strict_parsing=bool(query), errors="strict")
+    if "authorization" in said:
+        said["authorization"] = base64.b64decode(said["authorization"].partition(b"Basic ")[2], validate=True)
+    kind, options = parameters(said.pop("content-type", b"").decode())
+    if kind == "multipart/form-data":
+        for disposition, pieces in Multipart(Content(io.BytesIO(content), len(content)), options["boundary"]).parts():
+            name = f"the part {disposition.pop('name')}"
+            assert name not in said
+            said[name] = disposition, b"".join(pieces)
+    elif content:
+        assert (kind, options) == ("application/json", {})
+        said.update({f"the member {name}": value for name, value in json.loads(content).items()})
+    return said
+
+
+def test_content_may_look_like_a_delimiter(client_of: Clients) -> None:
+    content = b""
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        for _ in range(5):
+            client.upload_file("a", content)
+            sent = host.seen[-1]
+            assert asked(sent)["the part file"] == ({"filename": "file"}, content)
+            boundary = sent.fields["content-type"].partition("=")[2].encode()
+            delimiters = [b"\r\n--%b\r\n" % boundary, b"\r\n--%b--\r\n" % boundary, b"--%b" % boundary, b"\r\n--"]
+            content = b"".join([*delimiters, sent.body, b"\r\n--" + boundary[:-1]])
+
+
+# Each row: what is called ("" makes a client), the class of the error, what its text has in it, and an argument's name
+# with values, each of which is refused. The other arguments are valid.
+VALID: dict[str, dict[str, Any]] = {
+    "run": {"image": "i", "cmd": ["c"]},
+    "upload_file": {"remote_path": "a", "content": b""},
+    "upload_path": {"local_path": __file__},
+    "download_file": {"path": "a"},
+}
+INVALID, LONE = BoxerValidationError, "a\ud800"
+TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number, "
+FIELD, TAKEN = "a name in headers is not the name of a field", "is there twice, or is set by the client itself"
+VALUE = "has a character that a field cannot hold"
+REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
+    ("", INVALID, "such as http://localhost:8080", "base_url", ["", "http://", "http:///x", "http://:80"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://" + "a" * 64, "http://" + "a." * 127]),
+    ("", INVALID, "such as http://localhost:8080", "base_url", ["http://h:0", "http://h:65536", "http://[::1"]),
+    ("", INVALID, "must begin with http:// or https://", "base_url", ["ftp://host"]),
+    ("", INVALID, "http", "base_url", ["localhost:8080", "localhost", "//localhost"]),
+    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h ", "http://h\r\nX: y", "http://h\0"]),
+    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h\t/", "http://h\\@x", "http://h/\x7f"]),
+    ("", INVALID, "no query and no fragment", "base_url", ["http://h/?a=1", "http://h?a", "http://h#x"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://a*b", "http://a(b", f"http://{'x' * 64}.é"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://.", "http://dead..beef", f"http://{'a' * 64}"]),
+    ("", INVALID, "not a name or address", "base_url", ["http://a%25b", "http://1.2%x"]),
+    ("", INVALID, "no colon", "base_url", ["http://a%3Ab:password@h"]),
+    ("", INVALID, "base_url", "base_url", [f"http://h/{LONE}", f"http://{LONE}"]),
+    ("", TypeError, "base_url must be str", "base_url", [8080, b"http://h"]),
+    ("", INVALID, TIME, "timeout", [0, -1, math.nan, True, "5"]),
+    ("", INVALID, COUNT + "0 or more", "retries", [-1, 1.0, None, "1", True]),
+    ("", INVALID, COUNT + "1 or more", "max_connections", [0, -1, 1.5, None]),
+    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "a\0", "é")]),
+    ("", INVALID, TAKEN, "headers", [{name: "x"} for name in ("Host", "content-length", "Transfer-Encoding", "TE")]),
+    ("", INVALID, TAKEN, "headers", [{"X-a": "1", "X-A": "2"}]),
+    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("a\r\nB: c", "a\n", "a\r", "a\0", "\x7f", "\x85")]),
+    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("世", LONE)]),
+    ("", TypeError, "must be str", "headers", [{"X-A": 1}, {b"X-A": "a"}]),
+    ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
+    ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
+    ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
+    ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo hi']", "cmd", ["echo hi"]),
+    ("run", TypeError, "", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
+    ("run", INVALID, "env must be a list of strings, not one string: write ['NAME=value']", "env", ["A=b"]),
+    ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
+    ("run", INVALID, "a name in env has an '='", "env", [{"A=B": "c"}]),
+    ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
+    ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
+    ("run", INVALID, "a path is empty; name a file in the server's store", "files", [["a", ""]]),
+    ("run", TypeError, "", "files", [5, [5], b"a", [Path("a")]]),
+    ("run", INVALID, "no limit 'memory'; the limits are cpu_cores, memory_mb", "limits", [{"memory": 1}]),
+    ("run", TypeError, "limits must be ResourceLimits or a mapping", "limits", [5, "5", []]),
+    ("run", TypeError, "cwd must be str", "cwd", [5, b"/"]),
+    ("run", TypeError, "network must be str", "network", [5, True]),
+    *[("run", INVALID, "lone surrogate", name, [LONE]) for name in ("image", "cwd", "network")],
+    *[("run", INVALID, "lone surrogate", name, [[f"A={LONE}"]]) for name in ("cmd", "env", "files")],
+    ("upload_file", INVALID, "a path is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_file", TypeError, "path must be str", "remote_path", [5, None, b"a", Path("a")]),
+    ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"], Path("a")]),
+    ("upload_file", TypeError, "text mode; open it with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
+    *[("upload_file", INVALID, "lone surrogate", name, [LONE]) for name in ("remote_path", "content")],
+    ("upload_path", INVALID, "a path is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_path", TypeError, "must be str", "remote_path", [5, b"a"]),
+    ("upload_path", TypeError, "", "local_path", [5, None]),
+    ("upload_path", FileNotFoundError, ".py.missing", "local_path", [f"{__file__}.missing"]),
+    ("download_file", INVALID, "a path is empty; name a file in the server's store", "path", [""]),
+    ("download_file", INVALID, "lone surrogate", "path", [LONE]),
+    ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
+    *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
+    *[(method, INVALID, COUNT + "0 or more", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "text", "name", "values"), REFUSED)
+def test_what_cannot_be_right_is_refused_before_anything_is_sent(
+    client_of: Clients, method: str, kind: type[Exception], text: str, name: str, values: Sequence[Any]
+) -> None:
+    with Peer([]) as peer:
+        refuser = getattr(client_of(peer.url), method) if method else client_of
+        for value in values:
+            with pytest.raises(kind) as caught:
+                refuser(**{**VALID.get(method, {}), name: value})
+            assert text in str(caught.value) != ""
+            assert isinstance(caught.value, BoxerError) == (kind is BoxerValidationError)
+    assert peer.connections == 0
+
+
+@pytest.mark.parametrize("given", [
+    {"env": "TOKEN=hunter2"}, {"env": {"TOKEN=hunter2": "x"}}, {"env": ["hunter2"]},
+    {"env": {"TOKEN": "hunter2\ud800"}}, {"cmd": ["x", "hunter2\ud800"]},
+])  # fmt: skip
+def test_a_secret_in_what_is_refused_shows_nowhere(client_of: Clients, given: dict[str, Any]) -> None:
+    with pytest.raises(BoxerValidationError) as caught:
+        client_of("http://h").run(**{"image": "i", "cmd": ["c"], **given})
+    assert "hunter2" not in str(caught.value) + repr(vars(caught.value))
+    assert caught.value.__context__ is None
+
+
+PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
+ODD_WORDS = [
+    *"\r\n\t\0\x1f\x7f\"'\\ %+&=;,?#@:/<Aa",
+    *"\x85\xa0\xad\xb2éİ世😀\u0301\u2028\u2029\u202e\ufeff\ud800\ud83d\ude00\udcff",
+    *("%0d%0a", "%00", "%zz", "%E9", '"; filename="evil', '\\"', "\r\n--", "--", "..", "//", "{}"),
+    *("\r\n", "\r\nX-Evil: 1", "\r\n\r\n", "\r\n\r\nGET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"),
+]
+ALL_BUT_SURROGATES = "".join(ODD_WORDS).encode("utf-8", "ignore").decode()
+odd_texts = st.lists(st.sampled_from(ODD_WORDS) | st.characters(exclude_categories=()), max_size=6).map("".join)
+
+
+class Place(NamedTuple):
+    """Where text may be given, and what of a request comes of it."""
+
+    call: Callable[[str], Call]
+    expected: Callable[[str], dict[str, Any]]
+    settings: Callable[[str, str], dict[str, Any]] = lambda _, here: {"base_url": f"http://{here}"}
+
+
+def arrived(client_of: Clients, place: Place, text: str) -> dict[str, Any] | None:
+    """Return the one request that a server sees; None if it was refused and the server sees nothing."""
+    is_refused = False
+    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
+        try:
+            with client_of(**place.settings(text, host.authority), retries=0) as client:
+                do(client, place.call(text))
+        except (BoxerValidationError, TypeError):
+            is_refused = True
+    if is_refused:
+        assert host.connections == 0
+        return None
+    (request,) = host.seen
+    return {
+        name: value.replace(host.authority.encode(), b"here") if isinstance(value, bytes) else value
+        for name, value in asked(request).items()
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def arrived_plain(client_of: Clients, place: Place) -> dict[str, Any]:
+    plain = arrived(client_of, place, "plain")
+    assert plain is not None and place.expected("plain").items() <= plain.items()
+    return plain
+
+
+def check_place(client_of: Clients, place: Place, text: str) -> None:
+    """Check that text arrives as it is, in a request that is otherwise one with plain text, or is refused."""
+    request, plain = arrived(client_of, place, text), arrived_plain(client_of, place)
+    if request is not None:
+        others = {name: value for name, value in plain.items() if name not in place.expected("plain")}
+        assert request == {**others, **place.expected(text)}
+
+
+def quoted(text: str) -> str:
+    return urllib.parse.quote(text, safe="", errors="surrogatepass")
+
+
+def unquoted(text: str) -> bytes:
+    return urllib.parse.unquote_to_bytes(text)
+
+
+def of_run(name: str, make: Callable[[str], Any] = str, member: Any = None) -> Place:
+    """Return a parameter of a run as a place; its member of the JSON is left out if it is empty."""
+    arguments = {"image": "i", "cmd": ["c"]}
+
+    def expected(text: str) -> dict[str, Any]:
+        value = (member or make)(text)
+        return {f"the member {name}": value} if value else {}
+
+    return Place(lambda text: ("run", (), {**arguments, name: make(text)}), expected)
+
+
+def path_part(text: str) -> dict[str, Any]:
+    return {"the part path": ({}, text.encode())}
+
+
+PLACES = {
+    "path of an upload": Place(lambda text: ("upload_file", (text, b""), {}), path_part),
+    "content of an upload": Place(
+        lambda text: ("upload_file", ("a", text), {}),
+        lambda text: {"the part file": ({"filename": "file"}, text.encode())}),
+    "path of a download": Place(
+        lambda text: ("download_file", (text,), {}), lambda text: {"the query": {"path": [text]}}),
+    "image": of_run("image"),
+    "program": of_run("cmd", lambda text: [text, "x"]),
+    "argument": of_run("cmd", lambda text: ["c", text]),
+    "folder": of_run("cwd"),
+    "file": of_run("files", lambda text: ["x", text]),
+    "network": of_run("network"),
+    "name in env": of_run("env", lambda text: {text: "x"}, lambda text: "=" not in text and [f"{text}=x"]),
+    "value in env": of_run("env", lambda text: {"A": text}, lambda text: [f"A={text}"]),
+    "entry of env": of_run("env", lambda text: [f"A={text}", "B=x"]),
+    "name of a header": Place(
+        lambda _: GET_HEALTH, lambda text: {text.lower(): b"x"},
+        lambda text, here: {"base_url": f"http://{here}", "headers": {text: "x"}}),
+    "value of a header": Place(
+        lambda _: GET_HEALTH, lambda text: {"x-a": text.strip(" ").encode("latin-1")},
+        lambda text, here: {"base_url": f"http://{here}", "headers": {"X-A": text}}),
+    "user in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": unquoted(quoted(text)) + b":x"},
+        lambda text, here: {"base_url": f"http://{quoted(text)}:x@{here}"}),
+    "password in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(quoted(text))},
+        lambda text, here: {"base_url": f"http://x:{quoted(text)}@{here}"}),
+    "password in the URL as it is": Place(
+        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(re.sub("[/?#]", "", text))},
+        lambda text, here: {"base_url": f"http://x:{re.sub('[/?#]', '', text)}@{here}"}),
+    # A question mark or number sign with nothing after it says nothing.
+    "path in the URL": Place(
+        lambda _: GET_HEALTH, lambda text: {"the path": unquoted(f"/{text.rstrip('?#')}".rstrip("/")) + b"/healthz"},
+        lambda text, here: {"base_url": f"http://{here}/{text}"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+@examples(1 / 8)
+@hypothesis.example(text=PRINTABLE)
+@hypothesis.example(text=ALL_BUT_SURROGATES)
+@hypothesis.example(text="世")
+@hypothesis.given(text=odd_texts)
+def test_text_arrives_as_it_is_or_is_refused(client_of: Clients, name: str, text: str) -> None:
+    check_place(client_of, PLACES[name], text)
+
+
+@examples(1 / 8)
+@hypothesis.example(text="Bücher.EXAMPLE")
+@hypothesis.given(text=odd_texts)
+def test_a_host_arrives_as_it_is_or_is_refused(client_of: Clients, setenv: Any, text: str) -> None:
+    text = re.sub(r"[/?#@:[\]]", "", text)  # what has a meaning of its own there
+
+    def settings(text: str, here: str) -> dict[str, Any]:
+        setenv("http_proxy", f"http://{here}")  # so that no name is looked up
+        return {"base_url": f"http://{text}"}
+
+    def expected(text: str) -> dict[str, Any]:
+        name = text.lower().encode("ascii" if text.isascii() else "idna")
+        return {"host": name, "the path": b"http://%b/healthz" % name}
+
+    check_place(client_of, Place(lambda _: GET_HEALTH, expected, settings), text)
+
+
+@examples(1 / 8)
+@hypothesis.example(name=PRINTABLE)
+@hypothesis.given(name=odd_texts)
+def test_a_local_file_s_name_arrives_as_it_is_or_is_refused(client_of: Clients, tmp_path: Path, name: str) -> None:
+    def file(name: str) -> Path:
+        path = Path(tempfile.mkdtemp(dir=tmp_path)) / name.replace("/", "")
+        path.write_bytes(b"")
+        return path
+
+    try:
+        file(name)
+    except (OSError, ValueError):
+        hypothesis.reject()  # this system has no such names
+    alone = Place(lambda name: ("upload_path", (file(name),), {}), lambda name: path_part(name.replace("/", "")))
+    in_folder = Place(
+        lambda name: ("upload_path", (file(name).parent, "x"), {}), lambda name: path_part(f"x/{name.replace('/', '')}")
+    )
+    for place in (alone, in_folder):
+        check_place(client_of, place, name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# Requests: files and folders of this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+IN_ORDER_OF_PATHS = ["a/b/deep.txt", "a/x.txt", "a-b.txt", "a.txt", "é 1%.txt"]
+FOLDERS: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
+    ("a path", lambda folder: folder, {}, "proj"),
+    ("text", str, {}, "proj"),
+    ("text with a slash", lambda folder: f"{folder}/", {}, "proj"),
+    ("the current folder", lambda _: ".", {}, "proj"),
+    ("a remote path", lambda folder: folder, {"remote_path": "x/y"}, "x/y"),
+    ("a remote path with a slash", lambda folder: folder, {"remote_path": "x/"}, "x"),
+    ("a link", lambda folder: folder.parent / "link", {}, "link"),
+]
+
+
+@pytest.mark.parametrize(("local", "given", "prefix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_a_folder_is_uploaded_whole_and_in_order(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, folder: Path, local: Any, given: dict[str, Any], prefix: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder.parent / "link").symlink_to("proj")
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(local(folder), **given) == [f"{prefix}/{name}" for name in IN_ORDER_OF_PATHS]
+        for name in IN_ORDER_OF_PATHS:
+            assert client.download_file(f"{prefix}/{name}") == (folder / name).read_bytes()
+
+
+def test_a_file_is_uploaded_under_its_name_or_the_one_given(client_of: Clients, folder: Path) -> None:
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(folder / "a.txt") == ["a.txt"]
+        assert client.upload_path(str(folder / "a.txt"), "x/é") == ["x/é"]
+        assert client.download_file("a.txt") == client.download_file("x/é") == b"content of a.txt\r\n"
+
+
+def test_an_empty_folder_is_no_files(client_of: Clients, tmp_path: Path) -> None:
+    with Peer([]) as peer:
+        assert client_of(peer.url).upload_path(tmp_path) == []
+
+
+def test_links_to_files_of_a_folder_are_followed(client_of: Clients, folder: Path) -> None:
+    (folder / "file").symlink_to("a/x.txt")
+    (folder / "z").symlink_to(folder / "a" / "b" / "deep.txt")
+    with store() as server:
+        client = client_of(server.url)
+        remote = client.upload_path(folder, "r")
+        assert remote[4:] == ["r/file", "r/z", "r/é 1%.txt"]
+        assert client.download_file("r/file") == b"content of a/x.txt\r\n"
+        assert client.download_file("r/z") == b"content of a/b/deep.txt\r\n"
+
+
+# Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
+NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
+    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "is a link to a folder; put a copy"),
+    ("a link by way of ..", lambda path: path.symlink_to("../../other/file"), "leaves the folder"),
+    ("a link to the folder's own start", lambda path: path.symlink_to("../../project/file"), "leaves the folder"),
+    ("a link to a folder within", lambda path: path.symlink_to("../empty"), "is a link to a folder; put a copy"),
+    ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
+    ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
+    ("a link to its folder", lambda path: path.symlink_to("."), "is a link to a folder; put a copy"),
+    ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "is a link to a folder"),
+    ("a pipe", os.mkfifo, "neither a file nor a folder"),
+    ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
+    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), [row[1:] for row in NO_UPLOADS], ids=[row[0] for row in NO_UPLOADS])
+def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
+    client_of: Clients, folder: Path, make: Callable[[Path], Any], text: str
+) -> None:
+    for outside in ("other", "project"):
+        (folder.parent / outside).mkdir()
+        (folder.parent / outside / "file").touch()
+    make(folder / "a" / "odd")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=text) as caught:
+        client_of(peer.url).upload_path(folder)
+    assert repr(str(folder / "a" / "odd")) in str(caught.value)
+
+
+def test_a_name_s_control_characters_do_not_reach_a_terminal(client_of: Clients, folder: Path) -> None:
+    (folder / "a\x1b]0;x\x07").symlink_to("missing")
+    with pytest.raises(BoxerValidationError, match="leads nowhere") as caught:
+        client_of("http://h").upload_path(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_may_be_deeper_than_a_function_can_call_itself(client_of: Clients, folder: Path) -> None:
+    depth = sys.getrecursionlimit() + 100
+    folders = [folder / "/".join("d" * (number + 1)) for number in range(depth)]
+    for deep in folders:
+        deep.mkdir()
+    (folders[-1] / "file").write_bytes(b"")
+    with Host(lambda _: [STORED]) as host:
+        assert f"x/{'d/' * depth}file" in client_of(host.url).upload_path(folder, "x")
+    (folders[-1] / "file").unlink()
+    for deep in reversed(folders):  # pytest could not
+        deep.rmdir()
+
+
+def test_two_links_that_lead_to_each_other_are_refused(client_of: Clients, folder: Path) -> None:
+    (folder / "a" / "one").symlink_to("../empty")
+    (folder / "empty" / "two").symlink_to("../a")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="is a link to a folder"):
+        client_of(peer.url).upload_path(folder)
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text here")
+def test_a_name_that_is_not_text_is_refused_before_anything_is_sent(client_of: Clients, folder: Path) -> None:
+    (folder / os.fsdecode(b"z\xff")).write_bytes(b"")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="lone surrogate"):
+        client_of(peer.url).upload_path(folder)
+
+
+@pytest.mark.parametrize("local", ["/dev/null", "pipe", "socket", "link"])
+def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK)
+    (tmp_path / "link").symlink_to("pipe")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
+        client_of(peer.url).upload_path(tmp_path / local)
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_the_system(client_of: Clients, folder: Path) -> None:
+    (folder / "a.txt").chmod(0)
+    if os.access(folder / "a.txt", os.R_OK):
+        pytest.skip("this user may read everything")
+    with store() as server:
+        client = client_of(server.url)
+        for path in (folder, folder / "a.txt"):
+            with pytest.raises(PermissionError):
+                client.upload_path(path)
+        assert client.health()
+
+
+def change_on_the_way(change: Callable[[], Any]) -> Callable[[Received], list[bytes]]:
+    """Return what answers uploads, once it has changed something as the first of them came."""
+    lock, changes = threading.Lock(), [change]
+
+    def respond(request: Received) -> list[bytes]:
+        with lock:
+            while changes:
+                changes.pop()()
+        return [STORED if "POST" in request.line else WELL]
+
+    return respond
+
+
+def test_a_file_that_vanishes_before_its_turn_is_an_error_of_the_system(client_of: Clients, many: Path) -> None:
+    with Frail(change_on_the_way((many / "39.txt").unlink)) as host:
+        client = client_of(host.url)
+        with pytest.raises(FileNotFoundError, match="39"):
+            client.upload_path(many)
+        assert client.health()
+    assert not [request for request in host.seen if b"39.txt" in request.body]
+
+
+def replaced(path: Path, make: Callable[[], Any]) -> Callable[[], None]:
+    def change() -> None:
+        path.unlink()
+        make()
+
+    return change
+
+
+def test_a_file_that_becomes_a_link_on_the_way_is_not_followed_out_of_the_folder(
+    client_of: Clients, many: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside, last = tmp_path_factory.mktemp("outside") / "secret", many / "39.txt"
+    outside.write_text("s3cret")
+    follow = change_on_the_way(replaced(last, lambda: last.symlink_to(outside)))
+    with Frail(follow) as host, contextlib.suppress(BoxerValidationError, OSError):
+        client_of(host.url).upload_path(many)
+    assert not [request for request in host.seen if b"s3cret" in request.body]
+
+
+def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients, many: Path) -> None:
+    last, stuck = many / "39.txt", threading.Event()
+
+    def free() -> None:  # a writer lets the reader go on, which only has to if it is stuck
+        end = time.monotonic() + 5
+        while not is_over.wait(0.05) and time.monotonic() < end:
+            pass
+        if not is_over.is_set():
+            stuck.set()
+            os.close(os.open(last, os.O_RDWR))
+
+    is_over, thread = threading.Event(), threading.Thread(target=free)
+    with Frail(change_on_the_way(replaced(last, lambda: os.mkfifo(last)))) as host:
+        thread.start()
+        with contextlib.suppress(BoxerError, OSError):
+            client_of(host.url).upload_path(many)
+        is_over.set()
+        thread.join()
+    assert not stuck.is_set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses: what a call makes of an answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_answer(**changed: Any) -> bytes:
+    return json.dumps({**RUN, **changed}).encode()
+
+
+# Each row: the content of an answer to a run, and what the error says.
+BAD_RUN_ANSWERS: list[tuple[bytes, str]] = [
+    *[(json.dumps({n: v for n, v in RUN.items() if n != name}).encode(), f"has no '{name}'") for name in RUN],
+    *[(run_answer(**{name: None}), f"{name} must be") for name in RUN],
+    *[(run_answer(**{name: 5}), f"{name} must be str, got int") for name in ("exec_id", "stdout", "stderr")],
+    *[(run_answer(**{n: v}), f"{n} must be int") for n in ("exit_code", "wall_ms") for v in ("0", True, 0.0, [0])],
+    *[(content, "JSON object") for content in (b"", b"[]", b'"x"', b"null", b"1", b"<html>", b"{", b"{}{}", b"{'a'}")],
+    *[(content, "JSON object") for content in (b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0", b'{"a": "\n"}')],
+    *[(b'{"wall_ms": %b}' % value, "JSON object") for value in (b"9" * 5_000, b"0x1", b"01")],
+    *[(run_answer().replace(b"7", number), "wall_ms must be int, got float") for number in (b"7.5", b"1e999", b"NaN")],
+    *[(opening * 100_000, "JSON object") for opening in (b"[", b'{"a":')],
+    (b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "JSON object"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), BAD_RUN_ANSWERS, ids=lambda value: str(value)[:40])
+def test_an_answer_that_is_no_result_is_an_error_with_its_status(client_of: Clients, content: bytes, text: str) -> None:
+    with Peer.answering(answer(content), RAN) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError) as caught:
+            client.run("i", ["c"])
+        assert client.run("i", ["c"]) == RunResult(**RUN)  # type: ignore[arg-type]
+    assert type(caught.value) is BoxerAPIError and caught.value.status_code == 200
+    assert text in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"path": 1}', b"stored"])
+def test_an_upload_that_is_not_confirmed_is_an_error(client_of: Clients, content: bytes) -> None:
+    with Peer.answering(answer(content)) as peer, pytest.raises(BoxerAPIError) as caught:
+        client_of(peer.url).upload_file("a", b"")
+    assert caught.value.status_code == 200
+
+
+# Each row: an answer to a download, and what the error says.
+NO_FILES = [
+    (answer("", "301 Moved Permanently", Location="files/?path=a"), 301, "the path is a folder; name a file in it"),
+    (answer("", "301 Moved Permanently", Location="/login"), 301, "redirects are not followed; Location: /login"),
+    (answer(None, "204 No Content"), 204, "204 No Content is no whole file"),
+    (answer("abc", "206 Partial Content", Content_Range="bytes 0-2/9"), 206, "206 Partial Content is no whole file"),
+    (answer(b"\x1f\x8b", Content_Encoding="GZip"), 200, "Content-Encoding 'gzip', which was not asked for"),
+    (answer({"error": "file not found"}, "404 Not Found"), 404, "file not found"),
+]
+
+
+@pytest.mark.parametrize(("response", "status", "text"), NO_FILES)
+def test_a_download_is_a_whole_file_or_an_error(client_of: Clients, response: bytes, status: int, text: str) -> None:
+    with Peer.answering(response, answer("x", Content_Encoding="identity")) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError) as caught:
+            client.download_file("a")
+        assert client.download_file("a") == b"x"
+    assert text in str(caught.value) and caught.value.status_code == status
+
+
+def test_a_download_is_bytes_and_no_file_wherever_the_server_would_have_it(
+    client_of: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = answer("abc", Content_Disposition='attachment; filename="a.txt"', Content_Location="/tmp/a.txt")
+    with Peer.answering(said) as peer:
+        assert client_of(peer.url).download_file("a.txt") == b"abc"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_health_is_true_for_2xx_and_false_for_any_other_answer(client_of: Clients) -> None:
+    statuses = ["200 OK", "204 No Content", "301 Moved", "404 Not Found", "429 Busy", "500 Oops", "503 Busy"]
+    with Peer.answering(*(answer(None if "204" in status else "not JSON", status) for status in statuses)) as peer:
+        client = client_of(peer.url)
+        assert [client.health() for _ in statuses] == [True, True, False, False, False, False, False]
+
+
+NGINX = """<html>\r\n<head><title>502 Bad Gateway</title><style>h1 {color: red}</style></head>\r\n<body>\r
+<center><h1>502 Bad Gateway</h1></center>\r\n<hr><center>nginx/1.22.1</center>\r\n</body>\r\n</html>\r\n"""
+# Each row: an answer, and the text of the error.
+REASONS: list[tuple[bytes, str]] = [
+    (answer({"error": "image pull failed: x"}, "500 Oops"), "image pull failed: x"),
+    (answer({"error": " é \x1b[31m\0\n\u202eab "}, "500 Oops"), "é [31m ab"),
+    (answer("404 page not found", "404 Not Found"), "404 Not Found: 404 page not found"),
+    (answer(NGINX, "502 Bad Gateway", Content_Type="text/html"), "502 Bad Gateway: 502 Bad Gateway nginx/1.22.1"),
+    (answer("", "500 Internal Server Error"), "500 Internal Server Error"),
+    (answer(f"<p>no &#{'9' * 5000}; luck &#x2014;", "500 Oops"), "500 Oops: no ; luck —"),
+    (answer("<p>no<!-- luck", "500 Oops"), "500 Oops: no"),
+    (answer("<p>no<script>luck()", "500 Oops"), "500 Oops: no"),
+    (answer("", "418 \x9b31m" + "z" * 3000), "418 31m" + "z" * 1993 + " …"),
+    (answer(" \n", "500 Internal Server Error"), "500 Internal Server Error"),
+    (answer("", "500 "), "500"),
+    (answer("", "500"), "500"),
+    (answer("a\r\nb\x00\x9b c", "400 Bad"), "400 Bad: a b c"),
+    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=ISO-8859-1"), "400 Bad: café"),
+    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=punycode"), "400 Bad: caf\ufffd"),
+    (answer({"error": 5}, "400 Bad"), '400 Bad: {"error": 5}'),
+    (answer({"error": ""}, "400 Bad"), '400 Bad: {"error": ""}'),
+    (answer(["x"], "400 Bad"), '400 Bad: ["x"]'),
+    (answer(b"[" * 60_000, "400 Bad"), "400 Bad: " + "[" * 1991 + " …"),
+    (answer({"error": "x" * 10_000}, "500 Oops"), "x" * 2000 + " …"),
+    (answer("y" * 1_000_000, "500 Oops"), "500 Oops: " + "y" * 1990 + " …"),
+    (answer(b"\x1f\x8b\x08gzip", "400 Bad", Content_Encoding="gzip"), "400 Bad: \ufffd gzip"),
+    (
+        answer("", "302 Found", Location="http://other.invalid/x"),
+        "302 Found (redirects are not followed; Location: http://other.invalid/x)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("response", "text"), REASONS, ids=lambda value: str(value)[-40:])
+def test_the_text_of_an_error_is_the_server_s_own_reason(client_of: Clients, response: bytes, text: str) -> None:
+    with Peer([[Do.REQUEST, iter((response,)), Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError) as caught:
+        client_of(peer.url, retries=0).run("i", ["c"])
+    assert str(caught.value) == text and text.isprintable()
+    assert len(peer.requests[0]) == peer.connections == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy: the base URL, headers, which proxy is used, and what stays secret
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Each row: a base URL, the request target, the value of Host, the credentials.
@@ -3482,25 +4165,82 @@ def test_headers_are_sent_with_every_request(client_of: Clients) -> None:
         assert (request.fields["x-request-id"], request.fields["authorization"]) == ('a;b="c" é', "Bearer t")
 
 
-def all_text(error: BaseException) -> str:
-    """Return everything that an error, and those it came of, could show to anyone."""
-    shown = [*traceback.format_exception(type(error), error, error.__traceback__), repr(pickle.dumps(error))]
-    cause: BaseException | None = error
-    while cause is not None:
-        shown += [str(cause), repr(cause), repr(vars(cause))]
-        cause = cause.__cause__ or cause.__context__
-    return "".join(shown)
+NO_PROXY = {  # whether a request for boxer.test goes straight there
+    "": False, "boxer.test": True, "BOXER.test": True, "test": True, ".test": True, ".TEST": True, "*": True,
+    "a, boxer.test": True, "a ,\t.test , b": True, "other.test": False, "xer.test": False, "*.test": False,
+    ".boxer.test": True, "a.boxer.test": False, "<host and port>": True, "boxer.test:1": False,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [
-    {"env": "TOKEN=hunter2"}, {"env": {"TOKEN=hunter2": "x"}}, {"env": ["hunter2"]},
-    {"env": {"TOKEN": "hunter2\ud800"}}, {"cmd": ["x", "hunter2\ud800"]},
-])  # fmt: skip
-def test_a_secret_in_what_is_refused_shows_nowhere(client_of: Clients, given: dict[str, Any]) -> None:
-    with pytest.raises(BoxerValidationError) as caught:
-        client_of("http://h").run(**{"image": "i", "cmd": ["c"], **given})
-    assert "hunter2" not in str(caught.value) + repr(vars(caught.value))
-    assert caught.value.__context__ is None
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("value", NO_PROXY)
+def test_no_proxy_names_what_goes_straight(
+    client_of: Clients, setenv: Any, ca: trustme.CA, value: str, scheme: str
+) -> None:
+    inside = serving(ca, "boxer.test") if scheme == "https" else None
+    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
+        setenv(f"{scheme}_proxy", f"http://{proxy.authority}")
+        setenv("no_proxy", value.replace("<host and port>", f"boxer.test:{straight.port}"))
+        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+    assert (straight.connections, proxy.connections) == ((1, 0) if NO_PROXY[value] else (0, 1))
+
+
+# Variables of the environment ({}: the proxy), and whether a request goes to the proxy.
+VARIABLES: list[tuple[str, dict[str, str], bool]] = [
+    ("http", {"http_proxy": "{}"}, True),
+    ("http", {"HTTP_PROXY": "{}"}, True),
+    ("http", {"http_proxy": "{}", "HTTP_PROXY": "http://nowhere.test:9"}, True),
+    ("http", {"http_proxy": "", "HTTP_PROXY": "{}"}, False),
+    ("http", {"https_proxy": "{}", "all_proxy": "{}", "ALL_PROXY": "{}", "proxy": "{}"}, False),
+    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test"}, False),
+    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test", "no_proxy": "other.test"}, True),
+    # A CGI program has the fields of a request in its environment, and so may have a field `Proxy`.
+    ("http", {"HTTP_PROXY": "{}", "REQUEST_METHOD": "GET"}, False),
+    ("http", {"http_proxy": "{}", "REQUEST_METHOD": "GET"}, True),
+    ("https", {"https_proxy": "{}"}, True),
+    ("https", {"HTTPS_PROXY": "{}"}, True),
+    ("https", {"HTTPS_PROXY": "{}", "REQUEST_METHOD": "GET"}, True),
+    ("https", {"http_proxy": "{}", "all_proxy": "{}"}, False),
+    ("https", {"HTTPS_PROXY": "{}", "NO_PROXY": "*"}, False),
+]
+
+
+@pytest.mark.parametrize(("scheme", "variables", "is_proxied"), VARIABLES)
+def test_the_environment_says_which_proxy_there_is(
+    client_of: Clients, setenv: Any, ca: trustme.CA, scheme: str, variables: dict[str, str], is_proxied: bool
+) -> None:
+    inside = serving(ca, "boxer.test") if scheme == "https" else None
+    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
+        for name, value in variables.items():
+            setenv(name, value.format(f"http://{proxy.authority}"))
+        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+    assert (straight.connections, proxy.connections) == ((0, 1) if is_proxied else (1, 0))
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"])
+def test_loopback_never_goes_through_a_proxy(client_of: Clients, setenv: Any, host: str) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        setenv(name, refused_url())
+    with Peer([[Do.REQUEST, RAN]], host="::1" if ":" in host else "127.0.0.1") as peer:
+        assert client_of(f"http://{host}:{peer.port}").run("image", ["true"]) == RESULT
+
+
+@pytest.mark.parametrize("proxy", ["http://proxy.invalid", "http://proxy.invalid:80"])
+def test_a_proxy_without_a_port_is_at_port_80_whatever_the_origin_s_scheme(
+    client_of: Clients, setenv: Any, proxy: str
+) -> None:
+    setenv("https_proxy", proxy)
+    client = client_of("https://boxer.test", retries=0)
+    assert is_expected(outcome(client, GET_HEALTH), lost("proxy.invalid:80: no connection"))
+
+
+@pytest.mark.parametrize("proxy", ["https://proxy.test:3128", "socks5://proxy.test:1080", "http://", "http://a b"])
+def test_a_proxy_that_is_not_spoken_to_in_plain_http_is_refused(client_of: Clients, setenv: Any, proxy: str) -> None:
+    setenv("http_proxy", proxy)
+    with pytest.raises(BoxerValidationError, match="proxy"):
+        client_of("http://boxer.test")
 
 
 def test_a_secret_in_a_header_that_is_refused_shows_nowhere(client_of: Clients) -> None:
@@ -3533,1510 +4273,37 @@ def test_credentials_show_nowhere(client_of: Clients, caplog: pytest.LogCaptureF
         assert hidden not in everything
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refused before it is sent
-# ---------------------------------------------------------------------------------------------------------------------
-
-INVALID, LONE = BoxerValidationError, "a\ud800"
-TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number, "
-FIELD, TAKEN = "a name in headers is not the name of a field", "is there twice, or is set by the client itself"
-VALUE = "has a character that a field cannot hold"
-# Each row: what is called ("" makes a client), the class of the error, what its text has in it, and an argument's name
-# with values, each of which is refused. The other arguments are valid.
-VALID: dict[str, dict[str, Any]] = {
-    "run": {"image": "i", "cmd": ["c"]},
-    "upload_file": {"remote_path": "a", "content": b""},
-    "upload_path": {"local_path": __file__},
-    "download_file": {"path": "a"},
-}
-REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
-    ("", INVALID, "such as http://localhost:8080", "base_url", ["", "http://", "http:///x", "http://:80"]),
-    ("", INVALID, "not a name or address", "base_url", ["http://" + "a" * 64, "http://" + "a." * 127]),
-    ("", INVALID, "such as http://localhost:8080", "base_url", ["http://h:0", "http://h:65536", "http://[::1"]),
-    ("", INVALID, "must begin with http:// or https://", "base_url", ["ftp://host"]),
-    ("", INVALID, "http", "base_url", ["localhost:8080", "localhost", "//localhost"]),
-    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h ", "http://h\r\nX: y", "http://h\0"]),
-    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h\t/", "http://h\\@x", "http://h/\x7f"]),
-    ("", INVALID, "no query and no fragment", "base_url", ["http://h/?a=1", "http://h?a", "http://h#x"]),
-    ("", INVALID, "not a name or address", "base_url", ["http://a*b", "http://a(b", f"http://{'x' * 64}.é"]),
-    ("", INVALID, "not a name or address", "base_url", ["http://.", "http://dead..beef", f"http://{'a' * 64}"]),
-    ("", INVALID, "not a name or address", "base_url", ["http://a%25b", "http://1.2%x"]),
-    ("", INVALID, "no colon", "base_url", ["http://a%3Ab:password@h"]),
-    ("", INVALID, "base_url", "base_url", [f"http://h/{LONE}", f"http://{LONE}"]),
-    ("", TypeError, "base_url must be str", "base_url", [8080, b"http://h"]),
-    ("", INVALID, TIME, "timeout", [0, -1, math.nan, True, "5"]),
-    ("", INVALID, COUNT + "0 or more", "retries", [-1, 1.0, None, "1", True]),
-    ("", INVALID, COUNT + "1 or more", "max_connections", [0, -1, 1.5, None]),
-    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "a\0", "é")]),
-    ("", INVALID, TAKEN, "headers", [{name: "x"} for name in ("Host", "content-length", "Transfer-Encoding", "TE")]),
-    ("", INVALID, TAKEN, "headers", [{"X-a": "1", "X-A": "2"}]),
-    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("a\r\nB: c", "a\n", "a\r", "a\0", "\x7f", "\x85")]),
-    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("世", LONE)]),
-    ("", TypeError, "must be str", "headers", [{"X-A": 1}, {b"X-A": "a"}]),
-    ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
-    ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
-    ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
-    ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo hi']", "cmd", ["echo hi"]),
-    ("run", TypeError, "", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
-    ("run", INVALID, "env must be a list of strings, not one string: write ['NAME=value']", "env", ["A=b"]),
-    ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
-    ("run", INVALID, "a name in env has an '='", "env", [{"A=B": "c"}]),
-    ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
-    ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
-    ("run", INVALID, "a path is empty; give one below the store", "files", [["a", ""]]),
-    ("run", TypeError, "", "files", [5, [5], b"a", [Path("a")]]),
-    ("run", INVALID, "no limit 'memory'; the limits are cpu_cores, memory_mb", "limits", [{"memory": 1}]),
-    ("run", TypeError, "limits must be ResourceLimits or a mapping", "limits", [5, "5", []]),
-    ("run", TypeError, "cwd must be str", "cwd", [5, b"/"]),
-    ("run", TypeError, "network must be str", "network", [5, True]),
-    *[("run", INVALID, "lone surrogate", name, [LONE]) for name in ("image", "cwd", "network")],
-    *[("run", INVALID, "lone surrogate", name, [[f"A={LONE}"]]) for name in ("cmd", "env", "files")],
-    ("upload_file", INVALID, "a path is empty; give one below the store", "remote_path", [""]),
-    ("upload_file", TypeError, "path must be str", "remote_path", [5, None, b"a", Path("a")]),
-    ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"], Path("a")]),
-    ("upload_file", TypeError, "text mode; open it with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
-    *[("upload_file", INVALID, "lone surrogate", name, [LONE]) for name in ("remote_path", "content")],
-    ("upload_path", INVALID, "a path is empty; give one below the store", "remote_path", [""]),
-    ("upload_path", TypeError, "must be str", "remote_path", [5, b"a"]),
-    ("upload_path", TypeError, "", "local_path", [5, None]),
-    ("upload_path", FileNotFoundError, ".py.missing", "local_path", [f"{__file__}.missing"]),
-    ("download_file", INVALID, "a path is empty; give one below the store", "path", [""]),
-    ("download_file", INVALID, "lone surrogate", "path", [LONE]),
-    ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
-    *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
-    *[(method, INVALID, COUNT + "0 or more", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
-]
-
-
-@pytest.mark.parametrize(("method", "kind", "text", "name", "values"), REFUSED)
-def test_what_cannot_be_right_is_refused_before_anything_is_sent(
-    client_of: Clients, method: str, kind: type[Exception], text: str, name: str, values: Sequence[Any]
-) -> None:
-    with Peer([]) as peer:
-        refuser = getattr(client_of(peer.url), method) if method else client_of
-        for value in values:
-            with pytest.raises(kind) as caught:
-                refuser(**{**VALID.get(method, {}), name: value})
-            assert text in str(caught.value) != ""
-            assert isinstance(caught.value, BoxerError) == (kind is BoxerValidationError)
-    assert peer.connections == 0
-
-
-BAD_LIMITS = [
-    *[(name, value, "from 0 (the default) to") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
-    *[(name, v, "number, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
-    *[(name, 1.5, "must be a whole number") for name in LIMITS if name != "cpu_cores"],
-]
-
-
-@pytest.mark.parametrize(("name", "value", "text"), BAD_LIMITS)
-def test_a_limit_that_cannot_be_right_is_refused_when_made_and_when_sent(
-    client_of: Clients, name: str, value: Any, text: str
-) -> None:
-    limits = ResourceLimits()
-    setattr(limits, name, value)
-    with Peer([]) as peer:
-        client = client_of(peer.url)
-        for refuser in (
-            lambda: ResourceLimits(**{name: value}),
-            limits.to_dict,
-            lambda: client.run("i", ["c"], limits=limits),
-            lambda: client.run("i", ["c"], limits={name: value}),
-        ):
-            with pytest.raises(BoxerValidationError) as caught:
-                refuser()
-            assert str(caught.value).startswith(f"{name} must ") and text in str(caught.value)
-
-
-def test_limits_can_be_changed_until_they_are_sent(client_of: Clients) -> None:
-    limits = ResourceLimits(0.5, 128)
-    assert limits == ResourceLimits(memory_mb=128, cpu_cores=0.5)
-    assert limits.to_dict() == {"cpu_cores": 0.5, "memory_mb": 128}
-    limits.memory_mb = 256
-    with Peer.answering(RAN) as peer:
-        client_of(peer.url).run("i", ["c"], limits=limits)
-    assert peer.request.json["limits"] == {"cpu_cores": 0.5, "memory_mb": 256}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results and errors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_result_is_a_mutable_dataclass() -> None:
-    result = RunResult("boxer-1", 0, "out", "err", 7)
-    assert result == RunResult(exec_id="boxer-1", exit_code=0, stdout="out", stderr="err", wall_ms=7)
-    assert dataclasses.is_dataclass(result) and result.ok and result.check() is result
-    assert result.output_path("sub/x.json") == "output/boxer-1/sub/x.json"
-    result.exit_code = 2
-    assert not result.ok and result != RunResult("boxer-1", 0, "out", "err", 7)
-    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
-    with pytest.raises(BoxerValidationError, match="a path is empty"):
-        result.output_path("")
-
-
-@pytest.mark.parametrize("name", RUN)
-def test_a_result_of_wrong_types_cannot_be_made(name: str) -> None:
-    wanted = type(RUN[name])
-    others: tuple[Any, ...] = (5,) if wanted is str else ("5", True)
-    for value in (None, b"x", 1.0, *others):
-        with pytest.raises(TypeError, match=f"RunResult.{name} must be {wanted.__name__}, got {type(value).__name__}"):
-            RunResult(**dict(RUN, **{name: value}))
-
-
-class Text(str):
-    """A kind of str, as every str of an enumeration is."""
-
-    __slots__ = ()
-
-
-def test_a_result_may_hold_any_kind_of_text() -> None:
-    assert RunResult(Text("boxer-1"), 0, Text(""), Text(""), 1).exec_id == "boxer-1"
-
-
-@pytest.mark.parametrize(
-    ("stderr", "text"),
-    [
-        ("", "exit code 3"),
-        (" \n", "exit code 3"),
-        ("Traceback:\n  x\nValueError: no\x1b[31m\n\n", "exit code 3: ValueError: no [31m"),
-        ("x" * 10_000, "exit code 3: " + "x" * 2_000),
-    ],
-)
-def test_a_checked_run_that_failed_raises_its_result(client_of: Clients, stderr: str, text: str) -> None:
-    failed = {**RUN, "exit_code": 3, "stderr": stderr}
-    with Peer.answering(RAN, answer(failed)) as peer:
-        client = client_of(peer.url)
-        assert client.run("i", ["c"], check=True).ok
-        with pytest.raises(BoxerExitError) as caught:
-            client.run("i", ["c"], check=True)
-    assert (caught.value.result, str(caught.value)) == (RunResult(**failed), text)  # type: ignore[arg-type]
-
-
-def run_answer(**changed: Any) -> bytes:
-    return json.dumps({**RUN, **changed}).encode()
-
-
-# Each row: the content of an answer to a run, and what the error says.
-BAD_RUN_ANSWERS: list[tuple[bytes, str]] = [
-    *[(json.dumps({n: v for n, v in RUN.items() if n != name}).encode(), f"has no '{name}'") for name in RUN],
-    *[(run_answer(**{name: None}), f"{name} must be") for name in RUN],
-    *[(run_answer(**{name: 5}), f"{name} must be str, got int") for name in ("exec_id", "stdout", "stderr")],
-    *[(run_answer(**{n: v}), f"{n} must be int") for n in ("exit_code", "wall_ms") for v in ("0", True, 0.0, [0])],
-    *[(content, "JSON object") for content in (b"", b"[]", b'"x"', b"null", b"1", b"<html>", b"{", b"{}{}", b"{'a'}")],
-    *[(content, "JSON object") for content in (b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0", b'{"a": "\n"}')],
-    *[(b'{"wall_ms": %b}' % value, "JSON object") for value in (b"9" * 5_000, b"0x1", b"01")],
-    *[(run_answer().replace(b"7", number), "wall_ms must be int, got float") for number in (b"7.5", b"1e999", b"NaN")],
-    *[(opening * 100_000, "JSON object") for opening in (b"[", b'{"a":')],
-    (b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "JSON object"),
-]
-
-
-@pytest.mark.parametrize(("content", "text"), BAD_RUN_ANSWERS, ids=lambda value: str(value)[:40])
-def test_an_answer_that_is_no_result_is_an_error_with_its_status(client_of: Clients, content: bytes, text: str) -> None:
-    with Peer.answering(answer(content), RAN) as peer:
-        client = client_of(peer.url)
-        with pytest.raises(BoxerAPIError) as caught:
-            client.run("i", ["c"])
-        assert client.run("i", ["c"]) == RunResult(**RUN)  # type: ignore[arg-type]
-    assert type(caught.value) is BoxerAPIError and caught.value.status_code == 200
-    assert text in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"path": 1}', b"stored"])
-def test_an_upload_that_is_not_confirmed_is_an_error(client_of: Clients, content: bytes) -> None:
-    with Peer.answering(answer(content)) as peer, pytest.raises(BoxerAPIError) as caught:
-        client_of(peer.url).upload_file("a", b"")
-    assert caught.value.status_code == 200
-
-
-def test_the_errors_are_a_tree() -> None:
-    tree = {
-        BoxerError: (Exception,),
-        BoxerValidationError: (BoxerError, ValueError),
-        BoxerConnectionError: (BoxerError, ConnectionError),
-        BoxerExitError: (BoxerError,),
-        BoxerAPIError: (BoxerError,),
-        BoxerTimeoutError: (BoxerAPIError,),
-        BoxerOutputLimitError: (BoxerAPIError,),
-    }
-    for error, bases in tree.items():
-        assert error.__bases__ == bases
-    assert not issubclass(BoxerTimeoutError, (TimeoutError, OSError))
-
-
-STATUSES = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
-EVERY_METHOD: list[tuple[str, tuple[Any, ...]]] = [
-    ("run", ("i", ["c"])),
-    ("upload_file", ("a", b"content")),
-    ("upload_path", (__file__,)),
-    ("download_file", ("a",)),
-]
-
-
-@pytest.mark.parametrize("status", [300, 302, 400, 401, 404, 408, 409, 413, 429, 500, 502, 503, 504, 507, 599, 999])
-def test_a_status_decides_the_class_of_the_error(client_of: Clients, status: int) -> None:
-    with Peer.answering(*[answer({"error": "because"}, f"{status} Reason")] * 4) as peer:
-        client = client_of(peer.url, retries=0)
-        for method, args in EVERY_METHOD:
-            with pytest.raises(BoxerAPIError, match=r"^because") as caught:
-                getattr(client, method)(*args)
-            assert type(caught.value) is STATUSES.get(status, BoxerAPIError)
-            assert caught.value.status_code == status
-
-
-NGINX = """<html>\r\n<head><title>502 Bad Gateway</title><style>h1 {color: red}</style></head>\r\n<body>\r
-<center><h1>502 Bad Gateway</h1></center>\r\n<hr><center>nginx/1.22.1</center>\r\n</body>\r\n</html>\r\n"""
-# Each row: an answer, and the text of the error.
-REASONS: list[tuple[bytes, str]] = [
-    (answer({"error": "image pull failed: x"}, "500 Oops"), "image pull failed: x"),
-    (answer({"error": " é \x1b[31m\0\n\u202eab "}, "500 Oops"), "é [31m ab"),
-    (answer("404 page not found", "404 Not Found"), "404 Not Found: 404 page not found"),
-    (answer(NGINX, "502 Bad Gateway", Content_Type="text/html"), "502 Bad Gateway: 502 Bad Gateway nginx/1.22.1"),
-    (answer("", "500 Internal Server Error"), "500 Internal Server Error"),
-    (answer(f"<p>no &#{'9' * 5000}; luck &#x2014;", "500 Oops"), "500 Oops: no ; luck —"),
-    (answer("<p>no<!-- luck", "500 Oops"), "500 Oops: no"),
-    (answer("<p>no<script>luck()", "500 Oops"), "500 Oops: no"),
-    (answer("", "418 \x9b31m" + "z" * 3000), "418 31m" + "z" * 1993 + " …"),
-    (answer(" \n", "500 Internal Server Error"), "500 Internal Server Error"),
-    (answer("", "500 "), "500"),
-    (answer("", "500"), "500"),
-    (answer("a\r\nb\x00\x9b c", "400 Bad"), "400 Bad: a b c"),
-    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=ISO-8859-1"), "400 Bad: café"),
-    (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=punycode"), "400 Bad: caf\ufffd"),
-    (answer({"error": 5}, "400 Bad"), '400 Bad: {"error": 5}'),
-    (answer({"error": ""}, "400 Bad"), '400 Bad: {"error": ""}'),
-    (answer(["x"], "400 Bad"), '400 Bad: ["x"]'),
-    (answer(b"[" * 60_000, "400 Bad"), "400 Bad: " + "[" * 1991 + " …"),
-    (answer({"error": "x" * 10_000}, "500 Oops"), "x" * 2000 + " …"),
-    (answer("y" * 1_000_000, "500 Oops"), "500 Oops: " + "y" * 1990 + " …"),
-    (answer(b"\x1f\x8b\x08gzip", "400 Bad", Content_Encoding="gzip"), "400 Bad: \ufffd gzip"),
-    (
-        answer("", "302 Found", Location="http://other.invalid/x"),
-        "302 Found (redirects are not followed; Location: http://other.invalid/x)",
-    ),
-]
-
-
-@pytest.mark.parametrize(("response", "text"), REASONS, ids=lambda value: str(value)[-40:])
-def test_the_text_of_an_error_is_the_server_s_own_reason(client_of: Clients, response: bytes, text: str) -> None:
-    with Peer([[Do.REQUEST, iter((response,)), Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError) as caught:
-        client_of(peer.url, retries=0).run("i", ["c"])
-    assert str(caught.value) == text and text.isprintable()
-    assert len(peer.requests[0]) == peer.connections == 1
-
-
-# Each row: an answer to a download, and what the error says.
-NO_FILES = [
-    (answer("", "301 Moved Permanently", Location="files/?path=a"), 301, "the path is a folder; name a file in it"),
-    (answer("", "301 Moved Permanently", Location="/login"), 301, "redirects are not followed; Location: /login"),
-    (answer(None, "204 No Content"), 204, "204 No Content is no whole file"),
-    (answer("abc", "206 Partial Content", Content_Range="bytes 0-2/9"), 206, "206 Partial Content is no whole file"),
-    (answer(b"\x1f\x8b", Content_Encoding="GZip"), 200, "Content-Encoding 'gzip', which was not asked for"),
-    (answer({"error": "file not found"}, "404 Not Found"), 404, "file not found"),
-]
-
-
-@pytest.mark.parametrize(("response", "status", "text"), NO_FILES)
-def test_a_download_is_a_whole_file_or_an_error(client_of: Clients, response: bytes, status: int, text: str) -> None:
-    with Peer.answering(response, answer("x", Content_Encoding="identity")) as peer:
-        client = client_of(peer.url)
-        with pytest.raises(BoxerAPIError) as caught:
-            client.download_file("a")
-        assert client.download_file("a") == b"x"
-    assert text in str(caught.value) and caught.value.status_code == status
-
-
-def test_health_is_true_for_2xx_and_false_for_any_other_answer(client_of: Clients) -> None:
-    statuses = ["200 OK", "204 No Content", "301 Moved", "404 Not Found", "429 Busy", "500 Oops", "503 Busy"]
-    with Peer.answering(*(answer(None if "204" in status else "not JSON", status) for status in statuses)) as peer:
-        client = client_of(peer.url)
-        assert [client.health() for _ in statuses] == [True, True, False, False, False, False, False]
-
-
-def test_when_nobody_answers_the_error_names_host_and_port(client_of: Clients) -> None:
-    with socket.socket() as bound:  # and does not listen
-        bound.bind(("127.0.0.1", 0))
-        authority = f"127.0.0.1:{bound.getsockname()[1]}"
-        client = client_of(f"http://{authority}/x", retries=0)
-        for method, args in [("health", ()), *EVERY_METHOD]:
-            with pytest.raises(BoxerConnectionError, match=rf"^{re.escape(authority)}: ") as caught:
-                getattr(client, method)(*args)
-            assert isinstance(caught.value.__cause__, OSError) and not caught.value.request_sent
-
-
-def errors_of_every_kind() -> list[BoxerError]:
-    raised = BoxerConnectionError("h:1: lost")
-    raised.__cause__ = ConnectionResetError(104, "reset")
-    return [
-        BoxerError("a"),
-        BoxerValidationError("a sentence"),
-        raised,
-        BoxerConnectionError("h:1: no connection", request_sent=False),
-        BoxerExitError(RunResult("boxer-1", 3, "out", "line\nlast", 7)),
-        BoxerAPIError("é", 404),
-        BoxerAPIError(message="", status_code=500),
-        BoxerTimeoutError("late", 0),
-        BoxerOutputLimitError("too much", 507),
-    ]
-
-
-@pytest.mark.parametrize("error", errors_of_every_kind(), ids=repr)
-def test_every_error_pickles_and_copies(error: BoxerError) -> None:
-    error.__dict__["__notes__"] = ["of the caller's"]  # as add_note() of newer Pythons does
-    pickled = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-    for again in [*pickled, copy.copy(error), copy.deepcopy(error)]:
-        assert type(again) is type(error) and again is not error
-        assert (str(again), vars(again), again.args) == (str(error), vars(error), error.args)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compatibility with boxer-sdk 0.1.0
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# The signatures of version 0.1.0.
-CLIENTS_0_1_0: dict[str, Any] = {
-    "__init__": lambda self, base_url="http://localhost:8080", timeout=120.0: 0,
-    "health": lambda self: 0,
-    "run": lambda self, image, cmd, *, env=None, cwd="/", limits=None, files=None, persist=False, network=None: 0,
-    "upload_file": lambda self, remote_path, content: 0,
-    "upload_path": lambda self, local_path, remote_path=None: 0,
-    "download_file": lambda self, path: 0,
-}
-OTHERS_0_1_0: dict[str, Any] = {
-    "ResourceLimits": lambda cpu_cores=None, memory_mb=None, pids_limit=None, wall_clock_secs=None, nofile=None: 0,
-    "RunResult": lambda exec_id, exit_code, stdout, stderr, wall_ms: 0,
-    "BoxerAPIError": lambda message, status_code: 0,
-    "BoxerTimeoutError": lambda message, status_code: 0,
-    "BoxerOutputLimitError": lambda message, status_code: 0,
-}
-SIGNATURES = [
-    *[(old, getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient) for name, old in CLIENTS_0_1_0.items()],
-    *[(old, getattr(boxer, name)) for name, old in OTHERS_0_1_0.items()],
-]
-# Defaults that are another value and mean the same, or (base_url) the same where BOXER_URL is not set.
-SAME_DEFAULTS = {("base_url", "http://localhost:8080"): None, ("cwd", "/"): None}
-
-
-@pytest.mark.parametrize(("old", "new"), SIGNATURES, ids=lambda one: one.__qualname__)
-def test_every_call_of_version_0_1_0_still_means_the_same(old: Any, new: Any) -> None:
-    parameters = list(inspect.signature(new).parameters.values())
-    for position, parameter in enumerate(inspect.signature(old).parameters.values()):
-        same = next(one for one in parameters if one.name == parameter.name)
-        assert same.kind == parameter.kind
-        assert parameters.index(same) == position or parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        assert same.default == SAME_DEFAULTS.get((parameter.name, parameter.default), parameter.default)
-    for parameter in parameters:
-        is_new = parameter.name not in inspect.signature(old).parameters
-        assert not is_new or (parameter.kind, parameter.default is parameter.empty) == (parameter.KEYWORD_ONLY, False)
-
-
-def test_every_name_of_version_0_1_0_is_still_there() -> None:
-    names = "AsyncBoxerClient BoxerAPIError BoxerClient BoxerError BoxerOutputLimitError BoxerTimeoutError"
-    assert {*names.split(), "ResourceLimits", "RunResult"} <= set(boxer.__all__) <= set(dir(boxer))
-    for name in ("health", "run", "upload_file", "upload_path", "download_file", "aclose"):
-        assert inspect.iscoroutinefunction(getattr(AsyncBoxerClient, name))
-    assert not inspect.iscoroutinefunction(BoxerClient.close)
-
-
-def test_the_clients_have_the_same_methods_and_parameters() -> None:
-    for name in ("health", "run", "upload_file", "upload_path", "download_file"):
-        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient))
-        assert ours == theirs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# upload_path
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder whose files sort differently as paths and as text."""
-    for name in ("a-b.txt", "a/b/deep.txt", "a/x.txt", "é 1%.txt", "a.txt"):
-        (tmp_path / "proj" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "proj" / name).write_text(f"content of {name}\r\n")
-    (tmp_path / "proj" / "empty" / "too").mkdir(parents=True)
-    return tmp_path / "proj"
-
-
-@contextlib.contextmanager
-def store() -> Iterator[StandIn]:
-    """A server for files alone."""
-    with StandIn(sandbox=NoSandbox()) as stand_in:
-        yield stand_in
-
-
-IN_ORDER_OF_PATHS = ["a/b/deep.txt", "a/x.txt", "a-b.txt", "a.txt", "é 1%.txt"]
-FOLDERS: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
-    ("a path", lambda folder: folder, {}, "proj"),
-    ("text", str, {}, "proj"),
-    ("text with a slash", lambda folder: f"{folder}/", {}, "proj"),
-    ("the current folder", lambda _: ".", {}, "proj"),
-    ("a remote path", lambda folder: folder, {"remote_path": "x/y"}, "x/y"),
-    ("a remote path with a slash", lambda folder: folder, {"remote_path": "x/"}, "x"),
-    ("a link", lambda folder: folder.parent / "link", {}, "link"),
-]
-
-
-@pytest.mark.parametrize(("local", "given", "prefix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
-def test_a_folder_is_uploaded_whole_and_in_order(
-    client_of: Clients, monkeypatch: pytest.MonkeyPatch, folder: Path, local: Any, given: dict[str, Any], prefix: str
-) -> None:
-    monkeypatch.chdir(folder)
-    (folder.parent / "link").symlink_to("proj")
-    with store() as server:
-        client = client_of(server.url)
-        assert client.upload_path(local(folder), **given) == [f"{prefix}/{name}" for name in IN_ORDER_OF_PATHS]
-        for name in IN_ORDER_OF_PATHS:
-            assert client.download_file(f"{prefix}/{name}") == (folder / name).read_bytes()
-
-
-def test_a_file_is_uploaded_under_its_name_or_the_one_given(client_of: Clients, folder: Path) -> None:
-    with store() as server:
-        client = client_of(server.url)
-        assert client.upload_path(folder / "a.txt") == ["a.txt"]
-        assert client.upload_path(str(folder / "a.txt"), "x/é") == ["x/é"]
-        assert client.download_file("a.txt") == client.download_file("x/é") == b"content of a.txt\r\n"
-
-
-def test_an_empty_folder_is_no_files(client_of: Clients, tmp_path: Path) -> None:
-    with Peer([]) as peer:
-        assert client_of(peer.url).upload_path(tmp_path) == []
-
-
-def test_links_within_a_folder_are_followed(client_of: Clients, folder: Path) -> None:
-    (folder / "file").symlink_to("a/x.txt")
-    (folder / "z").symlink_to(folder / "a", target_is_directory=True)
-    with store() as server:
-        client = client_of(server.url)
-        remote = client.upload_path(folder, "r")
-        assert remote[4:] == ["r/file", "r/z/b/deep.txt", "r/z/x.txt", "r/é 1%.txt"]
-        assert client.download_file("r/file") == client.download_file("r/z/x.txt") == b"content of a/x.txt\r\n"
-
-
-# Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
-NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
-    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "leaves the folder"),
-    ("a link by way of ..", lambda path: path.symlink_to("../../other"), "leaves the folder"),
-    ("a link to the folder's own start", lambda path: path.symlink_to("../../project"), "leaves the folder"),
-    ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
-    ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
-    ("a link to its folder", lambda path: path.symlink_to("."), "a folder that it is in"),
-    ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "a folder that it is in"),
-    ("a pipe", os.mkfifo, "neither a file nor a folder"),
-    ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
-    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
-]
-
-
-@pytest.mark.parametrize(("make", "text"), [row[1:] for row in NO_UPLOADS], ids=[row[0] for row in NO_UPLOADS])
-def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
-    client_of: Clients, folder: Path, make: Callable[[Path], Any], text: str
-) -> None:
-    for outside in ("other", "project"):
-        (folder.parent / outside).mkdir()
-    make(folder / "a" / "odd")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=text) as caught:
-        client_of(peer.url).upload_path(folder)
-    assert repr(str(folder / "a" / "odd")) in str(caught.value)
-
-
-def test_a_name_s_control_characters_do_not_reach_a_terminal(client_of: Clients, folder: Path) -> None:
-    (folder / "a\x1b]0;x\x07").symlink_to("missing")
-    with pytest.raises(BoxerValidationError, match="leads nowhere") as caught:
-        client_of("http://h").upload_path(folder)
-    assert str(caught.value).isprintable()
-
-
-def test_links_that_multiply_a_folder_are_refused(client_of: Clients, folder: Path) -> None:
-    for number in range(28):  # two to the power of which is more than anyone can wait for
-        (folder / str(number)).mkdir()
-        for name in "ab":
-            (folder / str(number) / name).symlink_to(f"../{number + 1}")
-    (folder / "28").mkdir()
-    with pytest.raises(BoxerValidationError, match="are reached through links"):
-        client_of("http://h").upload_path(folder)
-
-
-def test_a_folder_may_be_deeper_than_a_function_can_call_itself(client_of: Clients, folder: Path) -> None:
-    depth = sys.getrecursionlimit() + 100
-    folders = [folder / "/".join("d" * (number + 1)) for number in range(depth)]
-    for deep in folders:
-        deep.mkdir()
-    (folders[-1] / "file").write_bytes(b"")
-    with Host(lambda _: [STORED]) as host:
-        assert f"x/{'d/' * depth}file" in client_of(host.url).upload_path(folder, "x")
-    (folders[-1] / "file").unlink()
-    for deep in reversed(folders):  # pytest could not
-        deep.rmdir()
-
-
-def test_two_links_that_lead_to_each_other_are_refused(client_of: Clients, folder: Path) -> None:
-    (folder / "a" / "one").symlink_to("../empty")
-    (folder / "empty" / "two").symlink_to("../a")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="a folder that it is in"):
-        client_of(peer.url).upload_path(folder)
-
-
-@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text here")
-def test_a_name_that_is_not_text_is_refused_before_anything_is_sent(client_of: Clients, folder: Path) -> None:
-    (folder / os.fsdecode(b"z\xff")).write_bytes(b"")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="lone surrogate"):
-        client_of(peer.url).upload_path(folder)
-
-
-@pytest.mark.parametrize("local", ["/dev/null", "pipe", "socket", "link"])
-def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    os.mknod(tmp_path / "socket", stat.S_IFSOCK)
-    (tmp_path / "link").symlink_to("pipe")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
-        client_of(peer.url).upload_path(tmp_path / local)
-
-
-def test_a_file_that_may_not_be_read_is_an_error_of_the_system(client_of: Clients, folder: Path) -> None:
-    (folder / "a.txt").chmod(0)
-    if os.access(folder / "a.txt", os.R_OK):
-        pytest.skip("this user may read everything")
-    with store() as server:
-        client = client_of(server.url)
-        for path in (folder, folder / "a.txt"):
-            with pytest.raises(PermissionError):
-                client.upload_path(path)
-        assert client.health()
-
-
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    for number in range(40):
-        (tmp_path / f"{number:02}.txt").write_text(str(number))
-    return tmp_path
-
-
-def test_many_files_go_over_eight_connections_at_most(client_of: Clients, many: Path) -> None:
-    with store() as server:
-        client = client_of(server.url)
-        remote = client.upload_path(many, "m")
-        assert remote == [f"m/{number:02}.txt" for number in range(40)]
-        assert [client.download_file(path) for path in remote] == [b"%d" % number for number in range(40)]
-        assert server.connections <= 8
-
-
-def test_eight_files_are_sent_at_a_time(client_of: Clients, many: Path) -> None:
-    for path in sorted(many.iterdir())[8:]:
-        path.unlink()
-    all_are_there = threading.Barrier(8, timeout=20)
-    script: list[PeerStep] = [Do.REQUEST, lambda _: all_are_there.wait(), STORED]
-    with Peer([script] * 8) as peer:
-        assert len(client_of(peer.url).upload_path(many)) == 8
-
-
-def test_an_upload_that_fails_in_the_middle_ends_them_all(client_of: Clients, many: Path) -> None:
-    all_are_there = threading.Barrier(8, timeout=20)
-
-    def refuse(number: int) -> Callable[[Any], None]:
-        def step(sock: Any) -> None:
-            all_are_there.wait()
-            if b"m/05.txt" in peer.requests[number][0].body:
-                sock.sendall(answer({"error": "upload exceeds limit"}, "413 Too Large", Connection="close"))
-
-        return step
-
-    script: list[list[PeerStep]] = [[Do.REQUEST, refuse(number)] for number in range(8)]
-    with Peer([*script, [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url)
-        with pytest.raises(BoxerAPIError, match=r"^upload exceeds limit$") as caught:
-            client.upload_path(many, "m")
-        assert caught.value.status_code == 413
-        assert client.health()
-
-
-def change_on_the_way(change: Callable[[], Any]) -> Callable[[Received], list[bytes]]:
-    """Return what answers uploads, once it has changed something as the first of them came."""
-    lock, changes = threading.Lock(), [change]
-
-    def respond(request: Received) -> list[bytes]:
-        with lock:
-            while changes:
-                changes.pop()()
-        return [STORED if "POST" in request.line else WELL]
-
-    return respond
-
-
-def test_a_file_that_vanishes_before_its_turn_is_an_error_of_the_system(client_of: Clients, many: Path) -> None:
-    with Frail(change_on_the_way((many / "39.txt").unlink)) as host:
-        client = client_of(host.url)
-        with pytest.raises(FileNotFoundError, match="39"):
-            client.upload_path(many)
-        assert client.health()
-    assert not [request for request in host.seen if b"39.txt" in request.body]
-
-
-def test_a_download_is_bytes_and_no_file_wherever_the_server_would_have_it(
-    client_of: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    said = answer("abc", Content_Disposition='attachment; filename="a.txt"', Content_Location="/tmp/a.txt")
-    with Peer.answering(said) as peer:
-        assert client_of(peer.url).download_file("a.txt") == b"abc"
-    assert list(tmp_path.iterdir()) == []
-
-
-def replaced(path: Path, make: Callable[[], Any]) -> Callable[[], None]:
-    def change() -> None:
-        path.unlink()
-        make()
-
-    return change
-
-
-def test_a_file_that_becomes_a_link_on_the_way_is_not_followed_out_of_the_folder(
-    client_of: Clients, many: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    outside, last = tmp_path_factory.mktemp("outside") / "secret", many / "39.txt"
-    outside.write_text("s3cret")
-    follow = change_on_the_way(replaced(last, lambda: last.symlink_to(outside)))
-    with Frail(follow) as host, contextlib.suppress(BoxerValidationError, OSError):
-        client_of(host.url).upload_path(many)
-    assert not [request for request in host.seen if b"s3cret" in request.body]
-
-
-def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients, many: Path) -> None:
-    last, stuck = many / "39.txt", threading.Event()
-
-    def free() -> None:  # a writer lets the reader go on, which only has to if it is stuck
-        end = time.monotonic() + 5
-        while not is_over.wait(0.05) and time.monotonic() < end:
-            pass
-        if not is_over.is_set():
-            stuck.set()
-            os.close(os.open(last, os.O_RDWR))
-
-    is_over, thread = threading.Event(), threading.Thread(target=free)
-    with Frail(change_on_the_way(replaced(last, lambda: os.mkfifo(last)))) as host:
-        thread.start()
-        with contextlib.suppress(BoxerError, OSError):
-            client_of(host.url).upload_path(many)
-        is_over.set()
-        thread.join()
-    assert not stuck.is_set()
-
-
-def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(
-    many: Path, is_pausing: threading.Event, interrupts: Interrupts
-) -> None:
-    def interrupt() -> None:
-        is_pausing.wait(30)
-        if not interrupts(is_over):
-            faults.append("it waits")
-            client.close()
-
-    is_over, faults = threading.Event(), list[str]()
-    with Frail(lambda _: [failing("429 Slow Down", Retry_After="60")]) as host, BoxerClient(host.url) as client:
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            client.upload_path(many)
-        is_over.set()
-        thread.join()
-    assert not faults
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Clients as objects
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_client_pickles_as_its_settings(client_of: Clients) -> None:
-    with Peer([[Do.REQUEST, WELL], [Do.REQUEST, answer("", "503 Busy"), Do.REQUEST, WELL]]) as peer:
-        url, settings = f"http://me:pw@{peer.authority}/x", {"retries": 0, "headers": {"X-A": "b"}}
-        assert client_of(url, timeout=9, **settings).health()
-        made = client_of.cls(url, timeout=9, **settings)
-        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-            again = pickle.loads(pickle.dumps(made, protocol))
-            assert type(again) is client_of.cls and repr(again) == repr(made)
-            client_of.take(again).close()
-        client = client_of.take(pickle.loads(pickle.dumps(made)))
-        client_of.take(made)
-        with pytest.raises(BoxerAPIError):
-            client.run("i", ["c"])
-        assert client.health()
-    first, _, last = (request for requests in peer.requests for request in requests)
-    assert (last.line, last.fields) == (first.line, first.fields)
-
-
-def test_a_client_is_closed_by_with_and_can_be_closed_twice(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "a").touch()
-    with Peer.answering(WELL) as peer, client_of(peer.url) as client:
-        assert client.health()
-    client.close()
-    for method, args in [("health", ()), *EVERY_METHOD, ("upload_path", (tmp_path,))]:
-        with pytest.raises(RuntimeError, match=r"BoxerClient\('http://127.0.0.1:[0-9]+'\) is closed"):
-            getattr(client, method)(*args)
-    with pytest.raises(RuntimeError, match="is closed"), client:
-        pass
-
-
-def drop(things: list[Any]) -> None:
-    things.clear()
-    gc.collect()
-
-
-@pytest.mark.parametrize("is_in_a_cycle", [False, True], ids=["", "in a cycle"])
-def test_a_client_that_was_never_closed_warns_and_leaves_nothing(client_of: Clients, is_in_a_cycle: bool) -> None:
-    with Peer.answering(WELL) as peer:
-        made = [client_of.cls(peer.url)]
-        made[0].itself = made[0] if is_in_a_cycle else None
-        health = made[0].health()
-        assert (health if client_of.kind == "sync" else client_of.loop.run_until_complete(health)) is True
-        with pytest.warns(ResourceWarning, match=rf"^unclosed {client_of.cls.__name__}\('{peer.url}'\)$"):
-            drop(made)
-
-
-def test_a_client_that_is_dropped_with_a_call_that_ends_with_its_loop_warns_and_leaves_nothing() -> None:
-    waiting = threading.Event()
-
-    async def main() -> None:
-        client = AsyncBoxerClient(peer.url)
-        calls.append(asyncio.ensure_future(client.run("image", ["true"])))
-        await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
-
-    def begin_and_drop() -> None:
-        asyncio.run(main())
-        assert calls[0].cancelled()
-        drop(calls)
-
-    calls: list[Any] = []
-    unclosed = pytest.warns(ResourceWarning, match=r"^unclosed AsyncBoxerClient\('http://127.0.0.1:[0-9]+'\)$")
-    with Peer([[Do.REQUEST, lambda _: waiting.set(), Do.GONE]]) as peer, unclosed:
-        begin_and_drop()
-
-
-SPAWNING = """
-import asyncio, multiprocessing
-from boxer import AsyncBoxerClient, BoxerAPIError, BoxerClient
-
-def health(client):
-    with client:
-        return client.health()
-
-async def health_async(client):
-    async with client:
-        return await client.health()
-
-def in_a_loop(client):
-    return asyncio.run(health_async(client))
-
-def fail():
-    with BoxerClient() as client:
-        client.run("image", ["true"])
-
-if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for client, function in (BoxerClient(), health), (AsyncBoxerClient(), in_a_loop):
-            copy = pool.apply(function, (client,))
-            assert copy is True and function(client)  # which uses the client, and closes it
-            assert pool.apply(function, (client,))  # and its copy is open again
-        try:
-            pool.apply(fail)
-        except BoxerAPIError as error:
-            assert (str(error), error.status_code) == ("no", 400)
-        pool.close()
-        pool.join()
-"""
-
-
-def test_a_client_and_an_error_can_be_sent_to_a_process_that_was_spawned(tmp_path: Path) -> None:
-    (tmp_path / "spawning.py").write_text(SPAWNING)
-    with Host(lambda request: [failing("400 Bad Request") if "/run" in request.line else WELL]) as host:
-        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
-        program = [sys.executable, "-W", "error", "spawning.py"]
-        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_client_that_could_not_be_made_does_not_warn(client_of: Clients) -> None:
-    with pytest.raises(BoxerValidationError):
-        client_of.cls("nowhere")
-
-
-def test_a_run_request_is_a_value_that_hides_what_env_says() -> None:
-    request = RunRequest("i", ["c"], env={"TOKEN": "s3cret", "B": ""}, limits={"nofile": 5}, files=["a"])
-    assert request == RunRequest("i", ("c",), ["TOKEN=s3cret", "B="], None, ResourceLimits(nofile=5), ["a"])
-    assert "s3cret" not in repr(request) and "env=['TOKEN', 'B']" in repr(request) and "image='i'" in repr(request)
-    assert pickle.loads(pickle.dumps(request)) == copy.deepcopy(request) == request
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        request.image = "j"  # type: ignore[misc]
-
-
-def test_a_run_request_is_done_by_its_parameters(client_of: Clients) -> None:
-    given: dict[str, Any] = {
-        "env": {"A": "1"}, "cwd": "/w", "limits": {"nofile": 5}, "files": ["a"], "persist": True, "network": "none"
-    }  # fmt: skip
-    with Peer.answering(RAN, RAN, RAN, RAN) as peer:
-        client = client_of(peer.url)
-        for parameters in ({}, given):
-            client.run("i", ["c"], **parameters)
-            client.run(**vars(RunRequest("i", ["c"], **parameters)))
-    bodies = [json.loads(request.body) for request in peer.requests[0]]
-    assert bodies[0] == bodies[1] == {"image": "i", "cmd": ["c"]}
-    assert bodies[2] == bodies[3] == {**bodies[0], **given, "env": ["A=1"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs in a sandbox, end to end
-# ---------------------------------------------------------------------------------------------------------------------
-
-PYTHON = "python:3.12-slim"
-HELLO = [
-    (PYTHON, ["python3", "-c", "print('hello world')"]),
-    ("node:20-slim", ["node", "-e", "console.log('hello world')"]),
-    ("perl:5.38-slim", ["perl", "-e", "print 'hello world\n'"]),
-]
-COMPUTE = b"""import json, os
-os.makedirs("/output/subdir")
-json.dump({"value": 42}, open("/output/result.json", "w"))
-open("/output/subdir/file.bin", "wb").write(bytes(range(256)))
-"""
-
-
-@in_a_sandbox
-@pytest.mark.parametrize(("image", "cmd"), HELLO, ids=["Python", "Node", "Perl"])
-def test_hello_world(client_of: Clients, server: Any, image: str, cmd: list[str]) -> None:
-    if not REAL_URL and not shutil.which(cmd[0], path=SANDBOX_PATH):
-        pytest.skip(f"{cmd[0]} is not installed on this machine")
-    result = client_of(server.url).run(image=image, cmd=cmd)
-    assert (result.stdout, result.stderr, result.exit_code) == ("hello world\n", "", 0)
-    assert result.wall_ms > 0 and re.fullmatch("boxer-[0-9a-f-]{36}", result.exec_id)
-
-
-@in_a_sandbox
-def test_files_make_the_round_trip_byte_for_byte(client_of: Clients, server: Any, names: Mapping[str, str]) -> None:
-    client, script = client_of(server.url), f"{names['u']}-compute.py"
-    client.upload_file(script, COMPUTE)
-    result = client.run(PYTHON, ["python3", f"/{script}"], files=[script], persist=True, check=True)
-    assert json.loads(client.download_file(result.output_path("result.json"))) == {"value": 42}
-    assert client.download_file(f"output/{result.exec_id}/subdir/file.bin") == bytes(range(256))
-    assert client.download_file(script) == COMPUTE
-    with pytest.raises(BoxerAPIError, match="the path is a folder"):
-        client.download_file(result.output_path("subdir"))
-
-
-@in_a_sandbox
-def test_a_folder_goes_into_a_run(client_of: Clients, server: Any, names: Mapping[str, str], folder: Path) -> None:
-    client, remote = client_of(server.url), names["u"]
-    client.upload_path(folder, remote)
-    script = "import os; print(os.environ['A'], os.getcwd(), open('a/x.txt').read(), end='')"
-    result = client.run(PYTHON, ["python3", "-c", script], env={"A": "é"}, cwd=f"/{remote}", files=[remote])
-    assert (result.stdout, result.stderr) == (f"é /{remote} content of a/x.txt\n", "")
-
-
-# Each row: a Python program, its limits, and the error it comes to.
-ENDINGS: list[tuple[str, dict[str, int], type[BoxerAPIError], int, str]] = [
-    ("while True: pass", {"wall_clock_secs": 1}, BoxerTimeoutError, 408, "execution timed out"),
-    ("print('x' * 10485760)", {}, BoxerOutputLimitError, 507, "output limit exceeded"),
-]
-
-
-@in_a_sandbox
-@pytest.mark.parametrize(("script", "limits", "kind", "status", "text"), ENDINGS)
-def test_a_run_over_its_limit_is_an_error(
-    client_of: Clients, server: Any, script: str, limits: Any, kind: type[BoxerAPIError], status: int, text: str
-) -> None:
-    with pytest.raises(kind, match=text) as caught:
-        client_of(server.url).run(PYTHON, ["python3", "-c", script], limits=ResourceLimits(**limits))
-    assert caught.value.status_code == status
-
-
-@in_a_sandbox
-def test_an_exit_code_is_a_result_and_an_error_where_it_is_checked(client_of: Clients, server: Any) -> None:
-    client = client_of(server.url)
-    cmd = ["python3", "-c", "import sys; print('out'); sys.exit('no luck')"]
-    result = client.run(PYTHON, cmd)
-    assert (result.exit_code, result.stdout, result.stderr, result.ok) == (1, "out\n", "no luck\n", False)
-    with pytest.raises(BoxerExitError, match=r"^exit code 1: no luck$"):
-        client.run(PYTHON, cmd, check=True)
-
-
-@in_a_sandbox
-def test_runs_go_on_at_once_on_one_client(client_of: Clients, server: Any) -> None:
-    calls: list[Any] = [("run", (PYTHON, ["python3", "-c", f"print({number} ** 2)"]), {}) for number in range(6)]
-    results = gather(client_of(server.url), calls)
-    assert [getattr(result, "stdout", result) for result in results] == [f"{number**2}\n" for number in range(6)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How bytes travel: connections, tries, deadlines, whatever a server may say, TLS, proxies
-# ---------------------------------------------------------------------------------------------------------------------
-
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
-
-
-def run(cmd: str = "true", **more: Any) -> Call:
-    return "run", ("image", [cmd]), more
-
-
-def upload(content: Any) -> Call:
-    return "upload_file", ("a.txt", content), {}
-
-
-GET_HEALTH: Call = ("health", (), {})
-RUN_IT = run()
-PUT_FILE = upload(b"content")
-LARGE = upload(bytes(64 * MIB))  # like the next, it does not fit into any buffer
-BIG_RUN = run(env={"BIG": "x" * 8 * MIB})
-DOWNLOAD: Call = ("download_file", ("a.txt",), {})
-RESULT = RunResult("boxer-1", 0, "hi\n", "", 7)
-WELL_AND_BYE = answer({"ok": True}, Connection="close")
-
-
-def do(client: Any, call: Call, **more: Any) -> Any:
-    method, args, kwargs = call
-    return getattr(client, method)(*args, **{**kwargs, **more})
-
-
-def outcome(client: Any, call: Call, **more: Any) -> Any:
-    """Make a call, and return what it returns or the error that it raises, if that is one a caller has to expect."""
-    try:
-        return do(client, call, **more)
-    except BoxerError as error:
-        return error
-
-
-def is_expected(got: Any, expected: Any) -> bool:
-    """Compare an outcome with a value; or with the class of an error, its status (None: it has none) and its text."""
-    if not isinstance(expected, tuple):
-        return bool(got == expected)
-    kind, status, text = expected
-    return type(got) is kind and getattr(got, "status_code", None) == status and text in str(got)
-
-
-def lost(text: str = "") -> tuple[type, None, str]:
-    return BoxerConnectionError, None, text
-
-
-def refusal(status: int, text: str = "") -> tuple[type, int, str]:
-    return BoxerAPIError, status, text
-
-
-class Unseekable(io.RawIOBase):
-    """Content that can be read once."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = io.BytesIO(content)
-
-    def read(self, size: int = -1) -> bytes:
-        return self._content.read(size)
-
-
-class Host(Peer):
-    """A peer that treats any number of connections alike: it sends what `respond` returns for each request.
-
-    That is bytes, followed by Do.FIN or Do.RST if the connection is to end there; a function in it is called.
-    """
-
-    def __init__(self, respond: Callable[[Received], Iterable[Any]], **settings: Any) -> None:
-        super().__init__(_Alike(self), **settings)
-        self.respond = respond
-        self.seen: list[Received] = []
-
-    def __enter__(self) -> Host:
-        super().__enter__()
-        return self
-
-    def serve(self, sock: Any) -> None:
-        with contextlib.suppress(ConnectionError), sock.makefile("rb") as reader:
-            while reader.peek(1):
-                request = _received(reader, with_body=True)
-                self.seen.append(request)
-                for step in self.respond(request):
-                    if step is Do.RST:
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    if isinstance(step, Do):
-                        return
-                    step() if callable(step) else sock.sendall(step)
-
-
-class _Alike(collections.abc.Sequence[Any]):
-    """The script of a Host: the same for each connection, of which there are as many as there are."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-
-    def __len__(self) -> int:
-        return self.host.connections
-
-    def __getitem__(self, number: Any) -> Any:
-        return [self.host.serve, Do.FIN]
-
-
-Interrupts = Callable[[threading.Event], bool]
-
-
-@pytest.fixture
-def interrupts() -> Iterator[Interrupts]:
-    """Interrupt the main thread, until an event says that it was; return False if that never comes.
-
-    It is interrupted once, by as many signals as it takes: one that falls just before a wait begins is seen by Python
-    when the wait ends, and one that falls within it ends it.
-    """
-    if not hasattr(signal, "pthread_kill"):
-        pytest.skip("this system cannot interrupt a thread")
-    is_new = True
-
-    def interrupt_once(*_: object) -> None:
-        nonlocal is_new
-        if is_new:
-            is_new = False
-            raise KeyboardInterrupt
-
-    def interrupt(is_over: threading.Event) -> bool:
-        end = time.monotonic() + 5
-        while not is_over.wait(0.01) and time.monotonic() < end:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        return is_over.is_set()
-
-    before = signal.signal(signal.SIGINT, interrupt_once)
-    yield interrupt
-    signal.signal(signal.SIGINT, before)
-
-
-class Clock:
-    """What clients take for the time: it goes ahead by their pauses, which take none, and by `tick` at each look."""
-
-    def __init__(self) -> None:
-        self.ahead = self.tick = 0.0
-        self.pauses: list[float] = []
-        self._real_time, self._real_sleep = time.monotonic, asyncio.sleep
-
-    def time(self) -> float:
-        self.ahead += self.tick
-        return self._real_time() + self.ahead
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.ahead += seconds
-
-    async def async_sleep(self, seconds: float) -> None:
-        if seconds:
-            self.sleep(seconds)
-        await self._real_sleep(0)
-
-    def queue(self) -> queue.SimpleQueue[None]:
-        """Return what the blocking client pauses with, and waits for its turn, which takes the time it takes."""
-        clock = self
-
-        class Queue(queue.SimpleQueue):  # type: ignore[type-arg]
-            def get(self, block: bool = True, timeout: float | None = None) -> Any:
-                if timeout is None:
-                    return super().get()
-                clock.sleep(timeout)
-                raise queue.Empty
-
-        return Queue()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock.time)
-    monkeypatch.setattr(boxer, "queue", types.SimpleNamespace(SimpleQueue=clock.queue, Empty=queue.Empty))
-    monkeypatch.setattr(asyncio, "sleep", clock.async_sleep)
-    return clock
-
-
-def refused_url() -> str:
-    with Peer([]) as peer:
-        return peer.url
-
-
-# Connections
-
-
-def test_a_row_of_calls_uses_one_connection(client_of: Clients) -> None:
-    with Peer.answering(*[WELL, RAN, STORED, answer("abc"), answer({"error": "no"}, "404 Not Found")] * 10) as peer:
-        client = client_of(peer.url)
-        for _ in range(10):
-            got = [outcome(client, call) for call in (GET_HEALTH, RUN_IT, PUT_FILE, DOWNLOAD, DOWNLOAD)]
-            assert got[:4] == [True, RESULT, None, b"abc"] and got[4].status_code == 404
-    assert peer.connections == 1
-
-
-def test_calls_at_once_use_no_more_connections_than_allowed(client_of: Clients) -> None:
-    four = threading.Barrier(4)  # an answer comes once four requests wait for one: all four connections are in use
-
-    def respond(request: Received) -> list[bytes]:
-        four.wait(30)
-        return [answer({**RUN, "stdout": request.json["cmd"][0]})]
-
-    with Host(respond) as host:
-        client = client_of(host.url, max_connections=4)
-        results = gather(client, [run(str(n)) for n in range(40)])
-        assert [result.stdout for result in results] == [str(n) for n in range(40)]
-    assert host.connections == 4
-
-
-def test_hundreds_of_calls_at_once_get_their_own_answers(client_of: Clients) -> None:
-    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0] * 500})]) as host:
-        client = client_of(host.url, max_connections=16)
-        results = gather(client, [run(f"{n} ") for n in range(800)])
-        assert [result.stdout for result in results] == [f"{n} " * 500 for n in range(800)]
-    assert host.connections <= 16
-
-
-def in_rows(client: Any, rows: Sequence[Sequence[Call]]) -> list[list[Any]]:
-    """Let as many callers as there are rows make their calls, each one after the other; return the results."""
-
-    async def row(calls: Sequence[Call]) -> list[Any]:
-        return [await getattr(client.client, method)(*args, **kwargs) for method, args, kwargs in calls]
-
-    async def together() -> list[list[Any]]:
-        return await asyncio.gather(*map(row, rows))
-
-    if isinstance(client, PlainCalls):
-        return client.loop.run_until_complete(together())
-    with ThreadPoolExecutor(len(rows)) as executor:
-        return list(executor.map(lambda calls: [do(client, call) for call in calls], rows))
-
-
-@pytest.mark.parametrize(("connections", "calls"), [(32, 20_000), (5, 4_000)])
-def test_callers_who_make_thousands_of_calls_get_their_own_answers(
-    client_of: Clients, connections: int, calls: int
-) -> None:
-    names = [[f"{caller}:{n}" for n in range(calls // 32)] for caller in range(32)]
-    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0]})]) as host:
-        rows = in_rows(client_of(host.url, max_connections=connections), [[run(name) for name in row] for row in names])
-        assert [[result.stdout for result in row] for row in rows] == names
-    assert host.connections <= connections
-
-
-# What happens on an idle connection, before the next call.
-IDLE_EVENTS: dict[str, list[Any]] = {
-    "it is closed": [Do.HALF_CLOSE],
-    "it is reset": [Do.RST],
-    "a second answer comes": [answer({**RUN, "stdout": "not yours"})],
-    "a part of an answer comes": [b"HTTP/1.1 200 OK\r\n"],
-    "a 408 comes and it is closed": [answer("Request Time-out", "408 Request Timeout"), Do.HALF_CLOSE],
+LEAKS: dict[str, list[Any]] = {
+    "an error": [Do.REQUEST, failing(BROKEN), Do.REQUEST, failing(BROKEN)],
+    "a redirect": [Do.REQUEST, failing("302 Found", Location="http://a/")],
+    "a malformed answer": [Do.REQUEST, b"HTTP/1.1 200 OK\n\n", Do.DRAIN],
+    "a lost connection": [Do.REQUEST, Do.RST],
+    "no answer": [Do.REQUEST],
 }
 
 
-@pytest.mark.parametrize("event", IDLE_EVENTS)
-def test_an_idle_connection_that_anything_happened_to_is_not_used_again(client_of: Clients, event: str) -> None:
-    is_idle, has_happened = threading.Event(), threading.Event()
-    steps = [lambda _: is_idle.wait(30), *IDLE_EVENTS[event], lambda _: has_happened.set()]
-    end = Do.FIN if Do.RST in steps else Do.DRAIN
-    with Peer([[Do.REQUEST, WELL, *steps, end], [Do.REQUEST, RAN]]) as peer:
-        client = client_of(peer.url)
-        assert client.health()
-        is_idle.set()
-        assert has_happened.wait(30)
-        assert client.run("image", ["true"]) == RESULT
-
-
-def test_a_connection_that_was_idle_for_long_is_not_used_again(client_of: Clients, clock: Clock) -> None:
-    with Peer([[Do.REQUEST, WELL, Do.REQUEST, WELL], [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url)
-        for _ in range(2):
-            assert client.health()
-        clock.ahead += 30
-        assert client.health()
-
-
-# Calls that are answered before they were wholly sent, with nothing that speaks against the connection; and what comes
-# of it.
-EARLY: dict[str, tuple[Call, bytes, Any]] = {
-    "an upload": (LARGE, answer({"error": "no"}, "400 Bad Request"), refusal(400, "no")),
-    "a stored upload": (LARGE, STORED, lost("before it had all of the request")),
-    "a run": (BIG_RUN, answer({"error": "no"}, "400 Bad Request"), refusal(400, "no")),
-    "a run that went well": (BIG_RUN, RAN, lost("before it had all of the request")),
-}
-
-
-@pytest.mark.parametrize("early", EARLY)
-def test_a_connection_that_answered_early_is_not_used_again(client_of: Clients, early: str) -> None:
-    (call, what, expected), has_answer = EARLY[early], threading.Event()
-    with Peer([[Do.HEAD, what, lambda _: has_answer.wait(30), Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url, timeout=20)
-        got = outcome(client, call)
-        has_answer.set()
-        assert is_expected(got, expected), got
-        assert client.health()
-
-
-@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
-def test_a_run_that_was_not_wholly_sent_did_not_succeed(client_of: Clients, end: Do) -> None:
-    with Peer([[Do.HEAD, RAN, end]] * 10) as peer:
-        client = client_of(peer.url)
-        for _ in range(10):
-            assert is_expected(outcome(client, BIG_RUN), lost(peer.authority))
-
-
-@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
-def test_a_download_goes_once_more_when_its_kept_connection_proves_dead(client_of: Clients, end: Do) -> None:
-    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
-        client = client_of(peer.url, retries=0)
-        assert client.health()
-        assert client.download_file("a.txt") == b"abc"
-
-
-@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
-@pytest.mark.parametrize("call", [RUN_IT, PUT_FILE], ids=["run", "upload"])
-def test_a_post_whose_bytes_have_left_is_never_sent_twice(client_of: Clients, call: Call, end: Do) -> None:
-    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, end]]) as peer:
-        client = client_of(peer.url, retries=5)
-        assert client.health()
-        for _ in ("on a kept connection", "on a fresh one"):
-            error = outcome(client, call)
-            assert type(error) is BoxerConnectionError and error.request_sent
-            assert peer.authority in str(error) and error.__cause__ is not None
-    assert [len(requests) for requests in peer.requests] == [2, 1]
-
-
-# Tries
-
-
-def failing(status: str, error: Any = "no", **fields: str) -> bytes:
-    return answer({"error": error} if isinstance(error, str) else error, status, **fields)
-
-
-BROKEN = "500 Internal Server Error"
-ANEW: Call = upload(io.BytesIO(b"content"))
-# For an answer that never gets better: the client's retries (None: its default), the call, how often it is sent.
-TRIES: list[tuple[bytes, int | None, Call, int]] = [
-    *((failing(status), None, call, 3)
-      for status in ("429 Slow Down", "503 Service Unavailable", BROKEN) for call in (RUN_IT, PUT_FILE, DOWNLOAD)),
-    (answer("Busy", "503 Service Unavailable"), None, RUN_IT, 3),
-    (failing(BROKEN, "read stdin: broken"), None, RUN_IT, 3),
-    *((failing(BROKEN, f"{error}: x"), None, RUN_IT, 1)
-      for error in ("image pull failed", "spec build failed", "network setup failed",
-                    "start runsc: context deadline exceeded")),
-    *((answer(text, BROKEN), None, RUN_IT, 1) for text in ("", "oops", "<p>oops</p>", [1], {"error": 5}, {"e": "x"})),
-    *((failing(status), None, RUN_IT, 1)
-      for status in ("400 Bad Request", "404 Not Found", "408 Request Timeout", "409 Conflict", "413 Too Large",
-                     "501 Not Implemented", "502 Bad Gateway", "504 Gateway Timeout", "507 Insufficient Storage")),
-    (failing(BROKEN), 0, RUN_IT, 1),
-    (failing(BROKEN), 5, RUN_IT, 6),
-    (failing(BROKEN), 5, run(retries=1), 2),
-    (failing(BROKEN), 0, run(retries=1), 2),
-    (failing(BROKEN), 5, run(network="sandbox"), 1),
-    (failing(BROKEN), 5, run(network="host"), 1),
-    (failing(BROKEN), 5, run(network="sandbox", retries=1), 2),
-    (failing(BROKEN), 1, run(network="none"), 2),
-    (failing(BROKEN), None, ANEW, 3),
-    (failing(BROKEN), 5, upload(Unseekable(b"content")), 1),
-    (failing("503 Service Unavailable"), None, GET_HEALTH, 1),
-    (failing("503 Service Unavailable"), None, ("health", (), {"retries": 4}), 5),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("what", "retries", "call", "tries"), TRIES)
-def test_a_request_is_sent_again_after_what_says_that_it_is_over_or_never_began(
-    client_of: Clients, clock: Clock, what: bytes, retries: int | None, call: Call, tries: int
+@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+def test_secrets_are_never_shown(
+    client_of: Clients, clock: Clock, setenv: Any, caplog: pytest.LogCaptureFixture, name: str, is_proxied: bool
 ) -> None:
-    with Host(lambda _: [what]) as host:
-        got = outcome(client_of(host.url, **({} if retries is None else {"retries": retries})), call)
-    assert got is False or f" {got.status_code} " in what.decode()
-    assert (len(host.seen), len(clock.pauses)) == (tries, tries - 1)
-    assert call is not ANEW or all(b"content" in request.body for request in host.seen)
+    caplog.set_level(logging.DEBUG)
+    with Peer([LEAKS[name]]) as peer:
+        setenv("http_proxy", peer.url.replace("//", "//joe:hunter2@"))
+        url = peer.url.replace("127.0.0.1", "boxer.test" if is_proxied else "127.0.0.1").replace("//", "//ann:hunter2@")
+        client = client_of(url, headers={"X-Token": "hunter2"}, retries=1, timeout=0.5 if name == "no answer" else 30)
+        error = outcome(client, run(env={"KEY": "hunter2"}))
+        assert isinstance(error, BoxerError) and "hunter2" not in all_text(error)
+        assert not [text for text in (repr(client), str(client), caplog.text) if "hunter2" in text]
 
 
-def test_a_try_that_succeeds_is_the_last_and_the_last_error_is_raised(client_of: Clients, clock: Clock) -> None:
-    busy = [failing("503 Service Unavailable", "first"), failing("429 Slow Down", "second"), failing(BROKEN, "third")]
-    answers = iter([*busy[:2], RAN, *busy])
-    with Host(lambda _: [next(answers)]) as host:
-        client = client_of(host.url)
-        assert client.run("image", ["true"]) == RESULT
-        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 500, "third"))
-
-
-def test_what_could_not_be_connected_is_tried_again(client_of: Clients, clock: Clock) -> None:
-    client = client_of(refused_url())
-    for call, tries in ((RUN_IT, 2), (run(network="sandbox"), 0), (GET_HEALTH, 0)):
-        clock.pauses.clear()
-        error = outcome(client, call)
-        assert type(error) is BoxerConnectionError and not error.request_sent and len(clock.pauses) == tries
-
-
-@contextlib.contextmanager
-def vanishing(*answers: bytes) -> Iterator[str]:
-    """A server that takes one connection, answers as many requests on it, and is gone; yield its URL."""
-
-    def serve() -> None:
-        sock, _ = listener.accept()
-        listener.close()
-        with sock, sock.makefile("rb") as reader:
-            for answer in answers:
-                _received(reader, with_body=True)
-                sock.sendall(answer)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=serve)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread.join(30)
-
-
-def test_a_request_was_sent_even_if_it_could_not_be_sent_once_more(client_of: Clients) -> None:
-    with vanishing(WELL, b"") as url:
-        client = client_of(url)
-        assert client.health()
-        error = outcome(client, GET_HEALTH)
-    assert is_expected(error, lost("no connection could be made")) and error.request_sent
-
-
-def test_a_request_was_sent_even_if_a_handler_could_not_send_another() -> None:
-    said = challenge(Received(b"", b""))[0].replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-    with vanishing(said) as url, BoxerClient(url, handlers=[digest(url)]) as client:
-        error = outcome(client, run("true", retries=0))
-    assert is_expected(error, lost("no connection could be made")) and error.request_sent
-
-
-def test_a_connection_on_which_more_of_an_answer_is_to_come_is_not_used_again(client_of: Clients) -> None:
-    head = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 100000\r\n\r\n"
-    with Peer([[Do.REQUEST, head + b"." * 70_000, Do.GONE], [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url)
-        assert is_expected(outcome(client, RUN_IT), refusal(502, "502 Bad Gateway: ..."))
-        assert client.health()
-
-
-def test_a_connection_that_ends_with_its_answer_is_closed_at_once(client_of: Clients) -> None:
-    with Peer([[Do.REQUEST, b"HTTP/1.1 200 OK\r\n\r\nwell", Do.FIN]]) as peer:
-        client = client_of(peer.url)
-        before = open_descriptors()
-        assert client.health()
-        assert settles(lambda: open_descriptors() <= before)
-
-
-@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
-def test_a_download_may_be_sent_again_after_a_lost_connection(client_of: Clients, clock: Clock, end: Do) -> None:
-    with Peer([[Do.REQUEST, b"HTTP/1.1 200", end], [Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
-        assert client_of(peer.url).download_file("a.txt") == b"abc"
-    assert len(clock.pauses) == 2
-
-
-@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
-def test_a_malformed_answer_is_not_asked_for_again(client_of: Clients, clock: Clock, is_kept: bool) -> None:
-    before: list[Any] = [Do.REQUEST, WELL] if is_kept else []
-    with Peer([[*before, Do.REQUEST, b"garbage"]]) as peer:
-        client = client_of(peer.url)
-        assert not is_kept or client.health()
-        assert is_expected(outcome(client, DOWNLOAD), lost("garbage"))
-    assert clock.pauses == []
-
-
-def test_pauses_grow_and_no_two_are_the_same(client_of: Clients, clock: Clock) -> None:
-    with Host(lambda _: [failing(BROKEN)]) as host:
-        client = client_of(host.url, retries=5)
-        for _ in range(3):
-            outcome(client, RUN_IT)
-    rows = [clock.pauses[at : at + 5] for at in (0, 5, 10)]
-    assert all(later > earlier for row in rows for earlier, later in zip(row, row[2:])), rows
-    assert all(0.1 < pause < 10 for pause in clock.pauses) and len(set(clock.pauses)) == 15
-
-
-RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, less what a busy machine takes to get there
-    "7": (7, 7.5), "date": (3, 9.5), "asctime": (3, 9.5),
-    **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00"],
-                    (0.01, 2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("value", RETRY_AFTER)
-def test_retry_after_is_honoured_in_seconds_and_as_a_date(client_of: Clients, clock: Clock, value: str) -> None:
-    date = email.utils.formatdate(time.time() + 9, usegmt=True)
-    sent = {"date": date, "asctime": time.asctime(time.gmtime(time.time() + 9))}.get(value, value)
-    answers = iter([failing("503 Service Unavailable", Retry_After=sent), RAN])
-    with Host(lambda _: [next(answers)]) as host:
-        assert client_of(host.url).run("image", ["true"]) == RESULT
-    (pause,) = clock.pauses
-    assert RETRY_AFTER[value][0] <= pause <= RETRY_AFTER[value][1]
-
-
-@pytest.mark.parametrize("value", ["60", "99999999999", "date"])
-def test_a_retry_after_past_the_deadline_ends_the_call_at_once(client_of: Clients, clock: Clock, value: str) -> None:
-    sent = email.utils.formatdate(time.time() + 999, usegmt=True) if value == "date" else value
-    with Host(lambda _: [failing("503 Service Unavailable", "busy", Retry_After=sent)]) as host:
-        got = outcome(client_of(host.url, timeout=30), RUN_IT)
-        assert is_expected(got, (BoxerAPIError, 503, "busy"))
-    assert (len(host.seen), clock.pauses) == (1, [])
-
-
-def test_one_deadline_covers_all_tries_and_pauses(client_of: Clients, clock: Clock) -> None:
-    with Host(lambda _: [failing(BROKEN)]) as host:
-        got = outcome(client_of(host.url, timeout=20, retries=1000), RUN_IT)
-        assert is_expected(got, (BoxerAPIError, 500, "no"))
-    assert 5 < sum(clock.pauses) < 20
-
-
-def test_tries_are_logged_without_secrets(client_of: Clients, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "boxer")
-    answers = iter([failing(BROKEN, RACES[0]), failing("503 Service Unavailable", "busy"), RAN])
-    with Host(lambda _: [next(answers)]) as host:
-        client = client_of(host.url.replace("//", "//user:s3cret@"), headers={"X-Token": "s3cret"})
-        assert client.run("s3cret", ["s3cret"], env={"KEY": "s3cret"}) == RESULT
-    records = [record for record in caplog.records if record.name == "boxer"]
-    assert [record.levelno for record in records] == [logging.DEBUG, logging.WARNING]
-    assert "busy" in records[1].getMessage() and "s3cret" not in caplog.text
-
-
-RACES = [f"read {name}: read |0: file already closed" for name in ("stdout", "stderr")]
-
-
-# How often a call may be sent that always meets the race: if this counts as another failure in the end, too, or not.
-RACE_TRIES: list[tuple[Call, tuple[int, ...]]] = [
-    (run(retries=1), (16, 17)), (run(network="none"), (16, 18)), (run(retries=0), (1,)), (run(network="sandbox"), (1,)),
-    (run(network="sandbox", retries=1), (2,)), (PUT_FILE, (3,)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("race", RACES)
-@pytest.mark.parametrize(("call", "tries"), RACE_TRIES)
-def test_the_race_has_tries_of_its_own(
-    client_of: Clients, clock: Clock, race: str, call: Call, tries: tuple[int, ...]
-) -> None:
-    with Host(lambda _: [failing(BROKEN, race)]) as host:
-        assert is_expected(outcome(client_of(host.url), call), (BoxerAPIError, 500, race))
-    assert len(host.seen) in tries and len(clock.pauses) == len(host.seen) - 1
-    assert len(host.seen) < 16 or all(0 < pause < 0.25 for pause in clock.pauses[:15])
-
-
-def test_a_third_of_runs_lost_to_the_race_is_no_failure(client_of: Clients) -> None:
-    tokens = [str(number) for number in range(1000)]
-    with Swift(sandbox=NoSandbox(), race=1 / 3) as server:
-        client = client_of(server.url, max_connections=8)
-        results = gather(client, [("run", ("image", ["echo", token]), {}) for token in tokens])
-        assert [result.stdout for result in results] == [f"{token}\n" for token in tokens]
-        assert server.runs_lost > 250 and server.connections <= 8
-
-
-# Any bytes
-
-
-def raw(*fields: str, body: bytes = b"", status: str = "HTTP/1.1 200 OK") -> bytes:
-    return "\r\n".join([status, *fields, "", ""]).encode("latin-1") + body
-
-
-JSON_RUN = json.dumps(RUN).encode()
-LENGTH = f"Content-Length: {len(JSON_RUN)}"
-LONG_RUN: dict[str, Any] = {**RUN, "stdout": "y" * 5000}
-IN_CHUNKS = "Transfer-Encoding: chunked"
-
-
-def chunks(*sizes: int, content: bytes = JSON_RUN, extension: bytes = b"", trailer: bytes = b"") -> bytes:
-    """Return content in chunks of these sizes and one with the rest, and the last chunk."""
-    source = io.BytesIO(content)
-    pieces = [*(source.read(size) for size in sizes), source.read()]
-    return b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces if piece) + (
-        b"0%b\r\n%b\r\n" % (extension, trailer)
-    )
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Wire: whatever bytes a server sends
+# ---------------------------------------------------------------------------------------------------------------------
 
 # ENDED: dropped, and the server has closed it after what it sent. EXCESS: dropped, if the excess comes at once.
 KEPT, DROPPED, ENDED, EXCESS = "kept", "dropped", "ended", "excess"
+LONG_RUN: dict[str, Any] = {**RUN, "stdout": "y" * 5000}
 # What a server says to a run, what comes of it, what becomes of the connection.
 ANSWERS: list[tuple[bytes, Any, str]] = [
     (RAN, RESULT, KEPT),
@@ -5045,6 +4312,8 @@ ANSWERS: list[tuple[bytes, Any, str]] = [
     (raw(f"{LENGTH}, {len(JSON_RUN)}", body=JSON_RUN), RESULT, KEPT),
     (raw(f"Content-Length:\t{len(JSON_RUN)} \t", "X:", 'Y: \xe9\t"', body=JSON_RUN), RESULT, KEPT),
     (raw(LENGTH, status="HTTP/1.1 200 ", body=JSON_RUN), RESULT, KEPT),
+    (raw("A: b\r\n c", f"Content-Length:\r\n\t {len(JSON_RUN)}", "D: e \r\n ", body=JSON_RUN), RESULT, KEPT),
+    (raw(IN_CHUNKS, body=chunks(trailer=b"A: b\r\n c\r\n")), RESULT, KEPT),
     (raw(LENGTH, *("A: b" for _ in range(99)), body=JSON_RUN), RESULT, KEPT),
     (raw(status="HTTP/1.1 100 Continue") + raw("Link: x", status="HTTP/1.1 103 Early Hints") + RAN, RESULT, KEPT),
     (raw(status="HTTP/1.1 102 Processing") * 20 + RAN, RESULT, KEPT),
@@ -5083,10 +4352,11 @@ ANSWERS: list[tuple[bytes, Any, str]] = [
     (RAN.replace(b"\r\n", b"\n"), lost("CRLF"), DROPPED),
     (RAN.replace(b" OK\r\n", b" OK\n"), lost(), DROPPED),
     *((raw(LENGTH, field, body=JSON_RUN), lost("field"), DROPPED) for field in (
-        "A: b\r\n c", " A: b", "A : b", "A B: c", ": b", "A", "A: \0", "A: b\rC: d", "A\xe9: b", "A: b\x7f", "A(: b")),
+        "A : b", "A B: c", ": b", "A", "A: \0", "A: b\rC: d", "A\xe9: b", "A: b\x7f", "A(: b")),
+    (raw(" A: b", LENGTH, body=JSON_RUN), lost("field"), DROPPED),
     *((raw(f"Content-Length: {length}", body=JSON_RUN), lost("Content-Length"), DROPPED) for length in (
-        "+5", "-5", "0x5", "5_0", "5 5", "5;5", "5, 6", "5,", "5\xa0", "5, 5\xa0", "\xb2", "1e2", "9" * 20, "five",
-        "5.0", "")),
+        "+5", "-5", "0x5", "5_0", "5 5", "5\r\n 5", "5;5", "5, 6", "5,", "5\xa0", "5, 5\xa0", "\xb2", "1e2", "9" * 20,
+        "five", "5.0", "")),
     (raw("Content-Length: 5", "Content-Length: 6", body=JSON_RUN), lost("Content-Length"), DROPPED),
     (raw(LENGTH, IN_CHUNKS, body=chunks()), lost("Transfer-Encoding"), DROPPED),
     (raw(IN_CHUNKS, LENGTH, body=chunks()), lost("Transfer-Encoding"), DROPPED),
@@ -5107,8 +4377,6 @@ ANSWERS: list[tuple[bytes, Any, str]] = [
     (raw(LENGTH, *("A: b" for _ in range(100)), body=JSON_RUN), lost("100 fields"), DROPPED),
     (raw(status="HTTP/1.1 100 Continue") * 21 + RAN, lost("interim"), DROPPED),
 ]  # fmt: skip
-
-
 # The same for a download.
 FILE_ANSWERS: list[tuple[bytes, Any, str]] = [
     (answer(b"\r\n\x00\xff" * 5000), b"\r\n\x00\xff" * 5000, KEPT),
@@ -5197,24 +4465,75 @@ def test_an_endless_answer_comes_to_an_end(client_of: Clients, name: str) -> Non
         assert client.health()
 
 
-# What other readers of HTTP make of an answer
-
-# More of them search for longer: BOXER_EXAMPLES=20000.
-EXAMPLES = int(os.environ.get("BOXER_EXAMPLES", "200"))
+HARD_LINES = {"spaces": "A: b" + " " * 60_000 + "c\r\n d", "folds": "A: b" + "\r\n " * 15_000 + "c"}
 
 
-def examples(share: float = 1) -> hypothesis.settings:
-    """Return the settings of a test of generated examples, for a share of their usual number."""
-    checks = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
-    return hypothesis.settings(
-        max_examples=max(1, int(EXAMPLES * share)),
-        database=None,
-        deadline=None,
-        derandomize=False,
-        print_blob=True,
-        suppress_health_check=checks,
-    )
+@pytest.mark.parametrize("name", HARD_LINES)
+def test_a_head_made_to_take_long_takes_little_time(client_of: Clients, name: str) -> None:
+    said = raw(HARD_LINES[name], f"A: {client_of.kind}", LENGTH, body=JSON_RUN)  # no head that was decoded before
+    with Peer.answering(said) as peer:
+        client, start = client_of(peer.url), time.process_time()
+        assert client.run("image", ["true"]) == RESULT
+        assert time.process_time() - start < 1
 
+
+def test_an_answer_to_a_run_is_not_taken_in_without_bounds(client_of: Clients) -> None:
+    mebibyte = b"100000\r\n" + b" " * MIB + b"\r\n"
+    endless: list[Any] = [answer(None, Transfer_Encoding="chunked"), (mebibyte for _ in iter(int, 1)), Do.DRAIN]
+    with Peer([[Do.REQUEST, *endless], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 200, "256 MiB"))
+        assert client.health()
+
+
+# Folded lines
+
+
+FOLDED = "Content-Length:\r\n 3", "Connection: keep-alive,\r\n\tclose", "X: a\r\n \t b\r\n  c: d"
+
+
+def test_a_folded_field_line_is_one_line(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, raw(*FOLDED, body=b"abc"), Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert client.download_file("a.txt") == b"abc"
+        assert client.health()  # on another connection, as the second line says
+
+
+def test_a_fold_is_read_as_spaces(client_of: Clients) -> None:
+    moved = raw("Location: one\r\n two\r\n\t three", "Content-Length: 0", status="HTTP/1.1 302 Found")
+    with Peer.answering(moved) as peer:
+        assert is_expected(outcome(client_of(peer.url), RUN_IT), refusal(302, "Location: one two three"))
+
+
+def test_a_fold_within_a_number_makes_it_none(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, raw("Content-Length: 1\r\n 1", body=b"abcdefghijk"), Do.DRAIN]]) as peer:
+        assert is_expected(outcome(client_of(peer.url), DOWNLOAD), lost("Content-Length"))
+
+
+@pytest.mark.parametrize("fold", [" ", "\t"], ids=["a space", "a tab"])
+def test_a_status_line_cannot_be_folded(client_of: Clients, fold: str) -> None:
+    said = f"HTTP/1.1 200 OK\r\n{fold}X: a\r\nContent-Length: 3\r\n\r\nabc".encode()
+    with Peer([[Do.REQUEST, said, Do.DRAIN]]) as peer:
+        assert is_expected(outcome(client_of(peer.url), DOWNLOAD), lost("malformed"))
+
+
+@pytest.mark.parametrize("trailer", ["A: b\r\n c", "A: b\r\n\tc\r\nD: e"])
+def test_a_trailer_may_be_folded(client_of: Clients, trailer: str) -> None:
+    said = raw(IN_CHUNKS, body=b"3\r\nabc\r\n0\r\n" + trailer.encode() + b"\r\n\r\n")
+    with Peer.answering(said, WELL) as peer:
+        client = client_of(peer.url)
+        assert client.download_file("a.txt") == b"abc" and client.health()
+
+
+def test_a_trailer_does_not_begin_with_a_fold(client_of: Clients) -> None:
+    said = raw(IN_CHUNKS, body=b"3\r\nabc\r\n0\r\n A: b\r\n\r\n")
+    with Peer([[Do.REQUEST, said, Do.DRAIN]]) as peer:
+        assert is_expected(outcome(client_of(peer.url), DOWNLOAD), lost("malformed"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wire: what other readers of HTTP make of the same bytes
+# ---------------------------------------------------------------------------------------------------------------------
 
 # What a reader makes of an answer: its status and, of a 200, its content. None: the reader refuses it.
 Verdict = Union[tuple[int, Union[bytes, None]], None]
@@ -5259,17 +4578,48 @@ def heard_by_http_client(said: bytes) -> Verdict:
 
 
 ORACLES = {"h11": heard_by_h11, "http.client": heard_by_http_client}
+STRICTER = "this client alone refuses it"  # and it has to, wherever the predicate holds
+LAXER = "this client alone takes it"
+
+
+def values(lines: Sequence[bytes], name: bytes) -> list[bytes]:
+    """Return the values that a field has in these lines, with the whitespace around them."""
+    pairs = [line.partition(b":") for line in lines]
+    return [value for found, _, value in pairs if found.lower() == name]
+
+
+def items(fields: Sequence[bytes]) -> list[bytes]:
+    """Return the items of fields whose values are lists."""
+    return [item.strip(b" \t") for value in fields for item in value.split(b",")]
+
+
+def has_unfit_framing(lines: Sequence[bytes]) -> bool:
+    """Tell whether the framing in these lines is none that is right, or none that h11 knows."""
+    codings, lengths = values(lines, b"transfer-encoding"), values(lines, b"content-length")
+    is_sized = len(set(items(lengths))) <= 1 and all(re.fullmatch(b"[0-9]{1,20}", item) for item in items(lengths))
+    return not is_sized or [coding.strip(b" \t").lower() for coding in codings] not in ([], [b"chunked"])
+
+
+def any_of(pattern: bytes, lines: Iterable[bytes]) -> bool:
+    """Tell whether a pattern, in which a dot is any byte, is the whole of any line."""
+    return any(re.fullmatch(pattern, line, re.DOTALL) for line in lines)
+
+
+OTHER_END = "the oracle finds another end"  # whatever that then comes to
 
 
 class Parts:
     """An answer taken apart at its line ends, whatever is wrong with it. It judges nothing: the table below does."""
 
     def __init__(self, said: bytes) -> None:
-        self.heads: list[list[bytes]] = []  # lines; of the interim answers, and of the final one
+        self.heads: list[list[bytes]] = []  # status lines and fields; of the interim answers, and of the final one
+        self.sizes: list[int] = []  # how many lines there are below each status line
+        self.folded: list[bytes] = []  # the names of fields that go on in another line
         is_interim = True
         while is_interim:
             head, blank, said = said.partition(b"\r\n\r\n")
-            self.heads.append(head.split(b"\r\n"))
+            self.heads.append(self._unfolded(head.split(b"\r\n")))
+            self.sizes.append(head.count(b"\r\n"))
             is_interim = bool(blank and re.match(rb"HTTP/1\.[0-9] 1[0-9]{2}( |\Z)", self.heads[-1][0]))
         self.is_head_cut = not blank
         self.version, self.status = self.heads[-1][0][:8], self.heads[-1][0][9:12]
@@ -5299,36 +4649,19 @@ class Parts:
         if body.startswith(b"\r\n"):
             return True
         section, blank, _ = body.partition(b"\r\n\r\n")
-        self.trailer = section.split(b"\r\n") if section else []
+        self.trailer = self._unfolded([b"", *section.split(b"\r\n")])[1:] if section else []
         return bool(blank)
 
-
-def values(lines: Sequence[bytes], name: bytes) -> list[bytes]:
-    """Return the values that a field has in these lines, with the whitespace around them."""
-    pairs = [line.partition(b":") for line in lines]
-    return [value for found, _, value in pairs if found.lower() == name]
-
-
-def items(fields: Sequence[bytes]) -> list[bytes]:
-    """Return the items of fields whose values are lists."""
-    return [item.strip(b" \t") for value in fields for item in value.split(b",")]
-
-
-def has_unfit_framing(lines: Sequence[bytes]) -> bool:
-    """Tell whether the framing in these lines is none that is right, or none that h11 knows."""
-    codings, lengths = values(lines, b"transfer-encoding"), values(lines, b"content-length")
-    is_sized = len(set(items(lengths))) <= 1 and all(re.fullmatch(b"[0-9]{1,20}", item) for item in items(lengths))
-    return not is_sized or [coding.strip(b" \t").lower() for coding in codings] not in ([], [b"chunked"])
-
-
-def any_of(pattern: bytes, lines: Iterable[bytes]) -> bool:
-    """Tell whether a pattern, in which a dot is any byte, is the whole of any line."""
-    return any(re.fullmatch(pattern, line, re.DOTALL) for line in lines)
-
-
-STRICTER = "this client alone refuses it"  # and it has to, wherever the predicate holds
-LAXER = "this client alone takes it"
-OTHER_END = "the oracle finds another end"  # whatever that then comes to
+    def _unfolded(self, lines: list[bytes]) -> list[bytes]:
+        """Join the lines of each field; the first line is none, and the second cannot continue it."""
+        joined = lines[:2]
+        for line in lines[2:]:
+            if line[:1] in (b" ", b"\t"):
+                self.folded.append(joined[-1].partition(b":")[0].lower())
+                joined[-1] = joined[-1].rstrip(b" \t") + b" " + line.lstrip(b" \t")
+            else:
+                joined.append(line)
+        return joined
 
 
 class Difference(NamedTuple):
@@ -5362,14 +4695,14 @@ DIFFERENCES = {
         STRICTER, BOTH, lambda it: any_of(rb".*[\x01-\x08\x0b\x0c\x0e-\x1f\x7f].*", it.lines),
         raw("A: b\x01", FIVE, body=b"hello"),
         "RFC 9110, 5.5 and RFC 9112, 4: neither a value nor a reason has any; to retain those in values is optional"),
-    "a folded line": Difference(
-        STRICTER, BOTH, lambda it: any_of(rb"[ \t].*", it.fields),
-        raw("A: b", " c", FIVE, body=b"hello"),
-        "RFC 9112, 5.2 would have it unfolded; nobody may send it, and where it is not unfolded it hides a field"),
     "a line that has no field's name before a colon": Difference(
-        STRICTER, "http.client", lambda it: any(not re.match(NAME + rb":|[ \t]", line) for line in it.fields),
+        STRICTER, "http.client", lambda it: any(not re.match(NAME + b":", line) for line in it.fields),
         raw("A : b", FIVE, body=b"hello"),
         "RFC 9112, 5.1 and 5: a name is a token, and no space follows it; http.client ends the section there"),
+    "a folded Transfer-Encoding": Difference(
+        OTHER_END, "http.client", lambda it: any(name == b"transfer-encoding" for name in it.folded),
+        raw("Transfer-Encoding:\r\n chunked", body=chunks(content=b"hello")),
+        "RFC 9112, 5.2: a fold is a space; http.client keeps it, and takes the chunks themselves for content"),
     "another version of HTTP": Difference(
         STRICTER, "h11", lambda it: any_of(rb"HTTP/[02-9]\.[0-9] [0-9]{3}( .*)?", [it.heads[-1][0]]),
         raw(FIVE, status="HTTP/2.0 200 OK", body=b"hello"),
@@ -5384,9 +4717,9 @@ DIFFERENCES = {
         raw(IN_CHUNKS, body=b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 101 + b"\r\n"),
         "RFC 9110, 5.4 leaves the limit to each recipient; http.client has one for heads alone"),
     "100 fields": Difference(
-        LAXER, "http.client", lambda it: any(len(head) == 101 for head in it.heads),
+        LAXER, "http.client", lambda it: any(size > 99 for size in it.sizes),
         raw(FIVE, *["A: b"] * 99, body=b"hello"),
-        "RFC 9110, 5.4 leaves the limit to each recipient; http.client counts the empty line"),
+        "RFC 9110, 5.4 leaves the limit to each recipient; http.client counts lines, and the empty one"),
     "more than 20 interim answers": Difference(
         STRICTER, BOTH, lambda it: len(it.heads) > 21,
         raw(status="HTTP/1.1 100 Continue") * 21 + raw(FIVE, body=b"hello"),
@@ -5624,261 +4957,928 @@ def test_an_answer_is_taken_for_what_other_readers_take_it_for(hear: Hear, said:
         assert theirs == ours or explanations(said, oracle, ours, theirs), oracle
 
 
-# What is given is refused, or arrives as it is and changes nothing else
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: their methods, and what version 0.1.0 had
+# ---------------------------------------------------------------------------------------------------------------------
 
-ODD_WORDS = [
-    *"\r\n\t\0\x1f\x7f\"'\\ %+&=;,?#@:/<Aa",
-    *"\x85\xa0\xad\xb2éİ世😀\u0301\u2028\u2029\u202e\ufeff\ud800\ud83d\ude00\udcff",
-    *("%0d%0a", "%00", "%zz", "%E9", '"; filename="evil', '\\"', "\r\n--", "--", "..", "//", "{}"),
-    *("\r\n", "\r\nX-Evil: 1", "\r\n\r\n", "\r\n\r\nGET /evil HTTP/1.1\r\nHost: evil\r\n\r\n"),
+# The signatures of version 0.1.0.
+CLIENTS_0_1_0: dict[str, Any] = {
+    "__init__": lambda self, base_url="http://localhost:8080", timeout=120.0: 0,
+    "health": lambda self: 0,
+    "run": lambda self, image, cmd, *, env=None, cwd="/", limits=None, files=None, persist=False, network=None: 0,
+    "upload_file": lambda self, remote_path, content: 0,
+    "upload_path": lambda self, local_path, remote_path=None: 0,
+    "download_file": lambda self, path: 0,
+}
+OTHERS_0_1_0: dict[str, Any] = {
+    "ResourceLimits": lambda cpu_cores=None, memory_mb=None, pids_limit=None, wall_clock_secs=None, nofile=None: 0,
+    "RunResult": lambda exec_id, exit_code, stdout, stderr, wall_ms: 0,
+    "BoxerAPIError": lambda message, status_code: 0,
+    "BoxerTimeoutError": lambda message, status_code: 0,
+    "BoxerOutputLimitError": lambda message, status_code: 0,
+}
+SIGNATURES = [
+    *[(old, getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient) for name, old in CLIENTS_0_1_0.items()],
+    *[(old, getattr(boxer, name)) for name, old in OTHERS_0_1_0.items()],
 ]
-PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
-ALL_BUT_SURROGATES = "".join(ODD_WORDS).encode("utf-8", "ignore").decode()
-odd_texts = st.lists(st.sampled_from(ODD_WORDS) | st.characters(exclude_categories=()), max_size=6).map("".join)
+# Defaults that are another value and mean the same, or (base_url) the same where BOXER_URL is not set.
+SAME_DEFAULTS = {("base_url", "http://localhost:8080"): None, ("cwd", "/"): None}
 
 
-def asked(request: Received) -> dict[str, Any]:
-    """Read a request by other means than the client's; in the result, only names of header fields have no space."""
-    connection = h11.Connection(h11.SERVER)
-    connection.receive_data(request.head + request.body)
-    event, content = connection.next_event(), b""
-    assert isinstance(event, h11.Request)
-    while isinstance(data := connection.next_event(), h11.Data):
-        content += data.data
-    assert isinstance(data, h11.EndOfMessage) and connection.trailing_data == (b"", False)
-    said: dict[str, Any] = {name.decode(): value for name, value in event.headers}
-    assert len(said) == len(event.headers)
-    said.pop("content-length", None)
-    path, _, query = event.target.decode().partition("?")
-    said.update({"the method": event.method, "the path": urllib.parse.unquote_to_bytes(path)})
-    said["the query"] = urllib.parse.parse_qs(query, strict_parsing=bool(query), errors="strict")
-    if "authorization" in said:
-        said["authorization"] = base64.b64decode(said["authorization"].partition(b"Basic ")[2], validate=True)
-    kind, options = parameters(said.pop("content-type", b"").decode())
-    if kind == "multipart/form-data":
-        for disposition, pieces in Multipart(Content(io.BytesIO(content), len(content)), options["boundary"]).parts():
-            name = f"the part {disposition.pop('name')}"
-            assert name not in said
-            said[name] = disposition, b"".join(pieces)
-    elif content:
-        assert (kind, options) == ("application/json", {})
-        said.update({f"the member {name}": value for name, value in json.loads(content).items()})
-    return said
+@pytest.mark.parametrize(("old", "new"), SIGNATURES, ids=lambda one: one.__qualname__)
+def test_every_call_of_version_0_1_0_still_means_the_same(old: Any, new: Any) -> None:
+    parameters = list(inspect.signature(new).parameters.values())
+    for position, parameter in enumerate(inspect.signature(old).parameters.values()):
+        same = next(one for one in parameters if one.name == parameter.name)
+        assert same.kind == parameter.kind
+        assert parameters.index(same) == position or parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert same.default == SAME_DEFAULTS.get((parameter.name, parameter.default), parameter.default)
+    for parameter in parameters:
+        is_new = parameter.name not in inspect.signature(old).parameters
+        assert not is_new or (parameter.kind, parameter.default is parameter.empty) == (parameter.KEYWORD_ONLY, False)
 
 
-class Place(NamedTuple):
-    """Where text may be given, and what of a request comes of it."""
-
-    call: Callable[[str], Call]
-    expected: Callable[[str], dict[str, Any]]
-    settings: Callable[[str, str], dict[str, Any]] = lambda _, here: {"base_url": f"http://{here}"}
-
-
-def arrived(client_of: Clients, place: Place, text: str) -> dict[str, Any] | None:
-    """Return the one request that a server sees; None if it was refused and the server sees nothing."""
-    is_refused = False
-    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
-        try:
-            with client_of(**place.settings(text, host.authority), retries=0) as client:
-                do(client, place.call(text))
-        except (BoxerValidationError, TypeError):
-            is_refused = True
-    if is_refused:
-        assert host.connections == 0
-        return None
-    (request,) = host.seen
-    return {
-        name: value.replace(host.authority.encode(), b"here") if isinstance(value, bytes) else value
-        for name, value in asked(request).items()
-    }
+def test_every_name_of_version_0_1_0_is_still_there() -> None:
+    names = "AsyncBoxerClient BoxerAPIError BoxerClient BoxerError BoxerOutputLimitError BoxerTimeoutError"
+    assert {*names.split(), "ResourceLimits", "RunResult"} <= set(boxer.__all__) <= set(dir(boxer))
+    for name in ("health", "run", "upload_file", "upload_path", "download_file", "aclose"):
+        assert inspect.iscoroutinefunction(getattr(AsyncBoxerClient, name))
+    assert not inspect.iscoroutinefunction(BoxerClient.close)
 
 
-@functools.lru_cache(maxsize=1)
-def arrived_plain(client_of: Clients, place: Place) -> dict[str, Any]:
-    plain = arrived(client_of, place, "plain")
-    assert plain is not None and place.expected("plain").items() <= plain.items()
-    return plain
+def test_the_clients_have_the_same_methods_and_parameters() -> None:
+    for name in ("health", "run", "upload_file", "upload_path", "download_file"):
+        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient))
+        assert ours == theirs
 
 
-def check_place(client_of: Clients, place: Place, text: str) -> None:
-    """Check that text arrives as it is, in a request that is otherwise one with plain text, or is refused."""
-    request, plain = arrived(client_of, place, text), arrived_plain(client_of, place)
-    if request is not None:
-        others = {name: value for name, value in plain.items() if name not in place.expected("plain")}
-        assert request == {**others, **place.expected(text)}
+def test_a_client_pickles_as_its_settings(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, WELL], [Do.REQUEST, answer("", "503 Busy"), Do.REQUEST, WELL]]) as peer:
+        url, settings = f"http://me:pw@{peer.authority}/x", {"retries": 0, "headers": {"X-A": "b"}}
+        assert client_of(url, timeout=9, **settings).health()
+        made = client_of.cls(url, timeout=9, **settings)
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            again = pickle.loads(pickle.dumps(made, protocol))
+            assert type(again) is client_of.cls and repr(again) == repr(made)
+            client_of.take(again).close()
+        client = client_of.take(pickle.loads(pickle.dumps(made)))
+        client_of.take(made)
+        with pytest.raises(BoxerAPIError):
+            client.run("i", ["c"])
+        assert client.health()
+    first, _, last = (request for requests in peer.requests for request in requests)
+    assert (last.line, last.fields) == (first.line, first.fields)
 
 
-def quoted(text: str) -> str:
-    return urllib.parse.quote(text, safe="", errors="surrogatepass")
+# Functions that are sent to a worker without the module, and the types that tools see
+
+WORKER = """
+import pickle, sys
+sys.modules["boxer"] = None  # wherever it may be installed
+try:
+    import boxer
+except ImportError:
+    print(pickle.load(sys.stdin.buffer)(sys.argv[1]))
+"""
 
 
-def unquoted(text: str) -> bytes:
-    return urllib.parse.unquote_to_bytes(text)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_module(tmp_path: Path, kind: str) -> None:
+    cloudpickle: Any = importlib.import_module("cloudpickle")
+
+    def use(url: str) -> str:
+        with BoxerClient(url) as client:
+            result = client.run("image", ["true"], limits=ResourceLimits(wall_clock_secs=9), timeout=30)
+            client.upload_file("a.txt", io.BytesIO(b"content"))
+            try:
+                client.download_file("a.txt")
+            except BoxerError as error:
+                return f"{result.stdout.strip()}, {error}, {isinstance(error, BoxerAPIError)}"
+        raise AssertionError
+
+    async def use_async(url: str) -> str:
+        async with AsyncBoxerClient(url) as client:
+            result = await client.run("image", ["true"], limits=ResourceLimits(wall_clock_secs=9), timeout=30)
+            await client.upload_file("a.txt", io.BytesIO(b"content"))
+            try:
+                await client.download_file("a.txt")
+            except BoxerError as error:
+                return f"{result.stdout.strip()}, {error}, {isinstance(error, BoxerAPIError)}"
+        raise AssertionError
+
+    def use_in_a_loop(url: str) -> str:
+        return asyncio.run(use_async(url))
+
+    function = use if kind == "sync" else use_in_a_loop
+    answers = {"POST /run": RAN, "POST /files": STORED}
+    with Host(lambda request: [answers.get(request.line.rpartition(" ")[0], failing("404 Not Found"))]) as host:
+        assert use(host.url) == use_in_a_loop(host.url) == "hi, no, True"
+        with BoxerClient(host.url) as client:
+            assert client.run("image", ["true"]) == RESULT
+            cloudpickle.register_pickle_by_value(boxer)
+            try:
+                pickled = cloudpickle.dumps(function)  # with a connection of this process open
+            finally:
+                cloudpickle.unregister_pickle_by_value(boxer)
+        line = [sys.executable, "-W", "error", "-c", WORKER, host.url]
+        done = subprocess.run(line, cwd=tmp_path, input=pickled, capture_output=True, timeout=60)
+    assert (done.stderr.decode(), done.stdout.decode().strip()) == ("", "hi, no, True")
 
 
-def of_run(name: str, make: Callable[[str], Any] = str, member: Any = None) -> Place:
-    """Return a parameter of a run as a place; its member of the JSON is left out if it is empty."""
-    arguments = {"image": "i", "cmd": ["c"]}
-
-    def expected(text: str) -> dict[str, Any]:
-        value = (member or make)(text)
-        return {f"the member {name}": value} if value else {}
-
-    return Place(lambda text: ("run", (), {**arguments, name: make(text)}), expected)
+@pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
+def test_tools_can_read_the_types_of_every_method(cls: type) -> None:
+    methods = [method for name, method in inspect.getmembers(cls, inspect.isfunction) if name[0] != "_"]
+    assert len(methods) == 6
+    for method in (cls.__init__, *methods):  # type: ignore[misc]
+        parameters = set(inspect.signature(method).parameters)
+        assert set(typing.get_type_hints(method)) == parameters - {"self"} | {"return"}
 
 
-def path_part(text: str) -> dict[str, Any]:
-    return {"the part path": ({}, text.encode())}
+ERRORS = (BoxerError, BoxerAPIError, BoxerConnectionError, BoxerExitError, BoxerOutputLimitError, BoxerTimeoutError)
+DATA = (ResourceLimits, RunRequest, RunResult)
 
 
-PLACES = {
-    "path of an upload": Place(lambda text: ("upload_file", (text, b""), {}), path_part),
-    "content of an upload": Place(
-        lambda text: ("upload_file", ("a", text), {}),
-        lambda text: {"the part file": ({"filename": "file"}, text.encode())}),
-    "path of a download": Place(
-        lambda text: ("download_file", (text,), {}), lambda text: {"the query": {"path": [text]}}),
-    "image": of_run("image"),
-    "program": of_run("cmd", lambda text: [text, "x"]),
-    "argument": of_run("cmd", lambda text: ["c", text]),
-    "folder": of_run("cwd"),
-    "file": of_run("files", lambda text: ["x", text]),
-    "network": of_run("network"),
-    "name in env": of_run("env", lambda text: {text: "x"}, lambda text: "=" not in text and [f"{text}=x"]),
-    "value in env": of_run("env", lambda text: {"A": text}, lambda text: [f"A={text}"]),
-    "entry of env": of_run("env", lambda text: [f"A={text}", "B=x"]),
-    "name of a header": Place(
-        lambda _: GET_HEALTH, lambda text: {text.lower(): b"x"},
-        lambda text, here: {"base_url": f"http://{here}", "headers": {text: "x"}}),
-    "value of a header": Place(
-        lambda _: GET_HEALTH, lambda text: {"x-a": text.strip(" ").encode("latin-1")},
-        lambda text, here: {"base_url": f"http://{here}", "headers": {"X-A": text}}),
-    "user in the URL": Place(
-        lambda _: GET_HEALTH, lambda text: {"authorization": unquoted(quoted(text)) + b":x"},
-        lambda text, here: {"base_url": f"http://{quoted(text)}:x@{here}"}),
-    "password in the URL": Place(
-        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(quoted(text))},
-        lambda text, here: {"base_url": f"http://x:{quoted(text)}@{here}"}),
-    "password in the URL as it is": Place(
-        lambda _: GET_HEALTH, lambda text: {"authorization": b"x:" + unquoted(re.sub("[/?#]", "", text))},
-        lambda text, here: {"base_url": f"http://x:{re.sub('[/?#]', '', text)}@{here}"}),
-    # A question mark or number sign with nothing after it says nothing.
-    "path in the URL": Place(
-        lambda _: GET_HEALTH, lambda text: {"the path": unquoted(f"/{text.rstrip('?#')}".rstrip("/")) + b"/healthz"},
-        lambda text, here: {"base_url": f"http://{here}/{text}"}),
+@pytest.mark.parametrize("cls", [*DATA, *ERRORS, BoxerValidationError])
+def test_tools_can_read_the_types_of_data_and_errors(cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    assert {field.name for field in dataclasses.fields(cls)} <= set(hints) if dataclasses.is_dataclass(cls) else True
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        if name == "__init__" or name[0] != "_":
+            assert set(typing.get_type_hints(method)) >= set(inspect.signature(method).parameters) - {"self"}
+    for _, attribute in inspect.getmembers(cls, lambda it: isinstance(it, property)):
+        assert "return" in typing.get_type_hints(attribute.fget)
+
+
+@pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
+def test_every_parameter_but_the_first_ones_is_optional_for_tools(cls: type) -> None:
+    required = {"run": ["image", "cmd"], "upload_file": ["remote_path", "content"]}
+    required.update(upload_path=["local_path"], download_file=["path"])
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        if name == "__init__" or name[0] != "_":
+            parameters = list(inspect.signature(method).parameters.values())[1:]
+            without = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+            assert without == required.get(name, [])
+
+
+@pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
+@pytest.mark.parametrize("name", ["run", "health", "upload_file", "upload_path", "download_file"])
+def test_the_default_of_a_call_s_timeout_says_whose_it_is(cls: type, name: str) -> None:
+    default = inspect.signature(getattr(cls, name)).parameters["timeout"].default
+    assert default is not ... and default is not None and "client's" in repr(default)
+    assert pickle.loads(pickle.dumps(default)) is default is copy.deepcopy(default)
+
+
+def test_the_default_of_a_call_s_timeout_can_be_given(client_of: Clients) -> None:
+    default = inspect.signature(BoxerClient.run).parameters["timeout"].default
+    with Peer([[Do.REQUEST, Do.DRAIN]]) as peer:
+        client = client_of(peer.url, timeout=0.2)
+        assert is_expected(outcome(client, RUN_IT, timeout=default), (BoxerTimeoutError, 0, "0.2 s"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: connections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_calls_uses_one_connection(client_of: Clients) -> None:
+    with Peer.answering(*[WELL, RAN, STORED, answer("abc"), answer({"error": "no"}, "404 Not Found")] * 10) as peer:
+        client = client_of(peer.url)
+        for _ in range(10):
+            got = [outcome(client, call) for call in (GET_HEALTH, RUN_IT, PUT_FILE, DOWNLOAD, DOWNLOAD)]
+            assert got[:4] == [True, RESULT, None, b"abc"] and got[4].status_code == 404
+    assert peer.connections == 1
+
+
+def test_calls_at_once_use_no_more_connections_than_allowed(client_of: Clients) -> None:
+    four = threading.Barrier(4)  # an answer comes once four requests wait for one: all four connections are in use
+
+    def respond(request: Received) -> list[bytes]:
+        four.wait(30)
+        return [answer({**RUN, "stdout": request.json["cmd"][0]})]
+
+    with Host(respond) as host:
+        client = client_of(host.url, max_connections=4)
+        results = gather(client, [run(str(n)) for n in range(40)])
+        assert [result.stdout for result in results] == [str(n) for n in range(40)]
+    assert host.connections == 4
+
+
+def test_hundreds_of_calls_at_once_get_their_own_answers(client_of: Clients) -> None:
+    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0] * 500})]) as host:
+        client = client_of(host.url, max_connections=16)
+        results = gather(client, [run(f"{n} ") for n in range(800)])
+        assert [result.stdout for result in results] == [f"{n} " * 500 for n in range(800)]
+    assert host.connections <= 16
+
+
+def in_rows(client: Any, rows: Sequence[Sequence[Call]]) -> list[list[Any]]:
+    """Let as many callers as there are rows make their calls, each one after the other; return the results."""
+
+    async def row(calls: Sequence[Call]) -> list[Any]:
+        return [await getattr(client.client, method)(*args, **kwargs) for method, args, kwargs in calls]
+
+    async def together() -> list[list[Any]]:
+        return await asyncio.gather(*map(row, rows))
+
+    if isinstance(client, PlainCalls):
+        return client.loop.run_until_complete(together())
+    with ThreadPoolExecutor(len(rows)) as executor:
+        return list(executor.map(lambda calls: [do(client, call) for call in calls], rows))
+
+
+@pytest.mark.parametrize(("connections", "calls"), [(32, 20_000), (5, 4_000)])
+def test_callers_who_make_thousands_of_calls_get_their_own_answers(
+    client_of: Clients, connections: int, calls: int
+) -> None:
+    names = [[f"{caller}:{n}" for n in range(calls // 32)] for caller in range(32)]
+    with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0]})]) as host:
+        rows = in_rows(client_of(host.url, max_connections=connections), [[run(name) for name in row] for row in names])
+        assert [[result.stdout for result in row] for row in rows] == names
+    assert host.connections <= connections
+
+
+def test_many_files_go_over_eight_connections_at_most(client_of: Clients, many: Path) -> None:
+    with store() as server:
+        client = client_of(server.url)
+        remote = client.upload_path(many, "m")
+        assert remote == [f"m/{number:02}.txt" for number in range(40)]
+        assert [client.download_file(path) for path in remote] == [b"%d" % number for number in range(40)]
+        assert server.connections <= 8
+
+
+def test_eight_files_are_sent_at_a_time(client_of: Clients, many: Path) -> None:
+    for path in sorted(many.iterdir())[8:]:
+        path.unlink()
+    all_are_there = threading.Barrier(8, timeout=20)
+    script: list[PeerStep] = [Do.REQUEST, lambda _: all_are_there.wait(), STORED]
+    with Peer([script] * 8) as peer:
+        assert len(client_of(peer.url).upload_path(many)) == 8
+
+
+def test_an_upload_that_fails_in_the_middle_ends_them_all(client_of: Clients, many: Path) -> None:
+    all_are_there = threading.Barrier(8, timeout=20)
+
+    def refuse(number: int) -> Callable[[Any], None]:
+        def step(sock: Any) -> None:
+            all_are_there.wait()
+            if b"m/05.txt" in peer.requests[number][0].body:
+                sock.sendall(answer({"error": "upload exceeds limit"}, "413 Too Large", Connection="close"))
+
+        return step
+
+    script: list[list[PeerStep]] = [[Do.REQUEST, refuse(number)] for number in range(8)]
+    with Peer([*script, [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerAPIError, match=r"^upload exceeds limit$") as caught:
+            client.upload_path(many, "m")
+        assert caught.value.status_code == 413
+        assert client.health()
+
+
+# What happens on an idle connection, before the next call.
+IDLE_EVENTS: dict[str, list[Any]] = {
+    "it is closed": [Do.HALF_CLOSE],
+    "it is reset": [Do.RST],
+    "a second answer comes": [answer({**RUN, "stdout": "not yours"})],
+    "a part of an answer comes": [b"HTTP/1.1 200 OK\r\n"],
+    "a 408 comes and it is closed": [answer("Request Time-out", "408 Request Timeout"), Do.HALF_CLOSE],
+}
+
+
+@pytest.mark.parametrize("event", IDLE_EVENTS)
+def test_an_idle_connection_that_anything_happened_to_is_not_used_again(client_of: Clients, event: str) -> None:
+    is_idle, has_happened = threading.Event(), threading.Event()
+    steps = [lambda _: is_idle.wait(30), *IDLE_EVENTS[event], lambda _: has_happened.set()]
+    end = Do.FIN if Do.RST in steps else Do.DRAIN
+    with Peer([[Do.REQUEST, WELL, *steps, end], [Do.REQUEST, RAN]]) as peer:
+        client = client_of(peer.url)
+        assert client.health()
+        is_idle.set()
+        assert has_happened.wait(30)
+        assert client.run("image", ["true"]) == RESULT
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(client_of: Clients, clock: Clock) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, WELL], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        for _ in range(2):
+            assert client.health()
+        clock.ahead += 30
+        assert client.health()
+
+
+def test_a_connection_that_is_idle_behind_a_busy_one_is_closed(client_of: Clients, clock: Clock) -> None:
+    both = threading.Barrier(2)
+
+    def respond(request: Received) -> list[Any]:
+        return [both.wait if "/run" in request.line else bytes, RAN if "/run" in request.line else WELL]
+
+    with Host(respond) as host:
+        client = client_of(host.url)
+        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
+        for _ in range(4):
+            clock.ahead += 3
+            assert client.health()
+        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
+    assert host.connections == 3
+
+
+def test_a_connection_on_which_more_of_an_answer_is_to_come_is_not_used_again(client_of: Clients) -> None:
+    head = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 100000\r\n\r\n"
+    with Peer([[Do.REQUEST, head + b"." * 70_000, Do.GONE], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        assert is_expected(outcome(client, RUN_IT), refusal(502, "502 Bad Gateway: ..."))
+        assert client.health()
+
+
+def test_a_connection_is_not_used_again_when_more_came_than_large_content(client_of: Clients) -> None:
+    """The rest comes with the content's last bytes, and is not received with them."""
+    content = bytes(60_000)
+    with Host(lambda request: [answer(content) + b"more"] if "files" in request.line else [WELL]) as host:
+        client = client_of(host.url)
+        assert client.download_file("large") == content
+        assert client.health()
+        assert client.download_file("large") == content
+    assert host.connections == 2
+
+
+def test_a_connection_that_ends_with_its_answer_is_closed_at_once(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, b"HTTP/1.1 200 OK\r\n\r\nwell", Do.FIN]]) as peer:
+        client = client_of(peer.url)
+        before = open_descriptors()
+        assert client.health()
+        assert settles(lambda: open_descriptors() <= before)
+
+
+def test_when_nobody_answers_the_error_names_host_and_port(client_of: Clients) -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        authority = f"127.0.0.1:{bound.getsockname()[1]}"
+        client = client_of(f"http://{authority}/x", retries=0)
+        for method, args in [("health", ()), *EVERY_METHOD]:
+            with pytest.raises(BoxerConnectionError, match=rf"^{re.escape(authority)}: ") as caught:
+                getattr(client, method)(*args)
+            assert isinstance(caught.value.__cause__, OSError) and not caught.value.request_sent
+
+
+def test_a_name_nobody_knows_is_a_connection_error(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    got = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
+    assert is_expected(got, lost("boxer.test:80: no connection could be made")) and not got.request_sent
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Any:
+    """Leave this process without a descriptor to open."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 8, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_running_out_of_descriptors_is_a_connection_error(client_of: Clients) -> None:
+    client = client_of("http://127.0.0.1:9")
+    with no_more_descriptors():
+        got = outcome(client, GET_HEALTH)
+    assert is_expected(got, lost("127.0.0.1:9: no connection could be made")) and not got.request_sent
+    assert isinstance(got.__cause__, OSError) and got.__cause__.errno == errno.EMFILE
+
+
+def test_an_upload_out_of_memory_that_has_gone_is_broken_off(client_of: Clients, tmp_path: Path) -> None:
+    """A send fails, and the connection has not: as when the system has no room, or a firewall does not let it."""
+    path, received = tmp_path / "file", list[bytes]()
+    path.touch()
+    os.truncate(path, LONG)
+
+    def take(sock: Any) -> None:
+        os.truncate(path, 8 * MIB)
+        all_of_it(sock, received)
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), LONG, prot=mmap.PROT_READ) as content:
+        with Peer([[take, Do.FIN], [Do.REQUEST, WELL]]) as peer:
+            client = client_of(peer.url)
+            error = outcome(client, upload(memoryview(content)))
+            assert is_expected(error, lost("Bad address")) and error.request_sent
+            assert client.health()
+        del error  # and with its traceback the frames that have the content
+        gc.collect()
+    assert len(b"".join(received)) <= 8 * MIB + 1000
+
+
+def test_what_was_sent_is_let_go_of(client_of: Clients) -> None:
+    content = bytearray(b"content")
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        client.upload_file("a.txt", content)
+        content.extend(b"!")  # a BufferError if anything still looks at it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: TLS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_call_works_over_tls(client_of: Clients, ca: trustme.CA) -> None:
+    content, seen = os.urandom(8 * MIB), {}
+
+    def respond(request: Received) -> list[bytes]:
+        seen[request.line] = request
+        return [answer(content) if "GET" in request.line else RAN if "/run" in request.line else STORED]
+
+    with Host(respond, context=serving(ca)) as host:
+        client = client_of(host.url, ssl_context=trusting(ca))
+        for source in (content, io.BytesIO(content), Unseekable(content)):
+            client.upload_file("a.txt", source)
+            assert content in seen["POST /files HTTP/1.1"].content
+        assert do(client, BIG_RUN) == RESULT
+        assert seen["POST /run HTTP/1.1"].json["env"] == ["BIG=" + "x" * 8 * MIB]
+        assert client.download_file("a.txt") == content
+        assert gather(client, [DOWNLOAD] * 4) == [content] * 4
+    assert host.connections <= 5
+
+
+def test_an_answer_that_comes_with_the_end_of_the_handshake_is_not_left_lying(
+    client_of: Clients, ca: trustme.CA
+) -> None:
+    """Before TLS 1.3, it is the server's to end it: nothing more comes that could tell of the answer."""
+    context = serving(ca)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def refuse(sock: Any) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        is_done = False
+        while not is_done:
+            try:
+                tls.do_handshake()
+                tls.write(failing("503 Service Unavailable", "too many"))
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            sock.sendall(outgoing.read())
+            incoming.write(b"" if is_done else sock.recv(65536))
+
+    with Peer([[refuse, Do.DRAIN]]) as peer:
+        client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
+        assert is_expected(outcome(client, RUN_IT), refusal(503, "too many"))
+
+
+def test_a_client_may_have_a_certificate(client_of: Clients, ca: trustme.CA) -> None:
+    private = trustme.CA()
+    context = serving(ca, clients=private)
+    with Host(lambda _: [RAN], context=context) as host:
+        with_one = client_of(host.url, ssl_context=trusting(ca, private.issue_cert("client@boxer.test")))
+        assert with_one.run("image", ["true"]) == RESULT
+    with Peer([[]], context=context) as peer:
+        without = client_of(peer.url, ssl_context=trusting(ca), retries=0)
+        assert is_expected(outcome(without, RUN_IT), lost(peer.authority))
+
+
+def self_signed(ca: trustme.CA, folder: Path) -> ssl.SSLContext:
+    (folder / "pem").write_bytes(ca.private_key_pem.bytes() + ca.cert_pem.bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "pem")
+    return context
+
+
+YEARS = dt.timedelta(days=1000)
+NOW = dt.datetime.now(dt.timezone.utc)
+# Certificates with which a server fails to be boxer.test; and whether the client trusts the tests' own CA.
+CERTIFICATES: dict[str, tuple[Callable[[trustme.CA, Path], ssl.SSLContext], bool]] = {
+    "expired": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW - 2 * YEARS, not_after=NOW - YEARS), True),
+    "not yet valid": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW + YEARS, not_after=NOW + 2 * YEARS), True),
+    "of another host": (lambda ca, _: serving(ca, "other.test"), True),
+    "of the hosts below": (lambda ca, _: serving(ca, "*.boxer.test"), True),
+    "of its address": (lambda ca, _: serving(ca, "127.0.0.1"), True),
+    "of another CA": (lambda _, __: serving(trustme.CA(), "boxer.test"), True),
+    "of no CA": (lambda _, folder: self_signed(trustme.CA(), folder), True),
+    "of a CA nobody was told of": (lambda ca, _: serving(ca, "boxer.test"), False),
+    "of no CA, by default": (lambda _, folder: self_signed(trustme.CA(), folder), False),
+}
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("name", CERTIFICATES)
+def test_a_certificate_that_does_not_hold_is_refused_and_not_tried_again(
+    client_of: Clients, clock: Clock, setenv: Any, ca: trustme.CA, tmp_path: Path, name: str, is_proxied: bool
+) -> None:
+    context, is_trusting = CERTIFICATES[name]
+    with Frail(lambda _: [RAN], context(ca, tmp_path), is_proxied) as host:
+        if is_proxied:
+            setenv("https_proxy", f"http://{host.authority}")
+        client = client_of(f"https://boxer.test:{host.port}", ssl_context=trusting(ca) if is_trusting else None)
+        error = outcome(client, RUN_IT)
+        assert is_expected(error, lost(f":{host.port}: TLS failed")) and not error.request_sent
+        assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    assert (host.connections, host.seen, clock.pauses) == (1, [], [])
+
+
+ADDRESSES = [("127.0.0.1", "127.0.0.2"), ("127.0.0.1", "localhost"), ("::1", "127.0.0.1")]
+
+
+@pytest.mark.parametrize(("address", "other"), ADDRESSES)
+def test_a_certificate_has_to_be_of_the_address_that_is_in_the_url(
+    client_of: Clients, ca: trustme.CA, address: str, other: str
+) -> None:
+    with Peer.answering(RAN, host=address, context=serving(ca, address)) as peer:
+        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
+    with Peer([[]], host=address, context=serving(ca, other)) as peer:
+        assert is_expected(outcome(client_of(peer.url, ssl_context=trusting(ca)), RUN_IT), lost("TLS failed"))
+
+
+def test_a_context_of_a_server_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
+    with Peer([[]], context=serving(ca)) as peer:
+        client = client_of(peer.url, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), retries=0)
+        assert is_expected(outcome(client, RUN_IT), lost("TLS failed"))
+
+
+def test_without_an_ssl_context_the_cas_of_the_system_are_trusted(
+    client_of: Clients, ca: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pem").write_bytes(ca.cert_pem.bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+    with Peer.answering(RAN, context=serving(ca)) as peer:
+        assert client_of(peer.url).run("image", ["true"]) == RESULT
+
+
+def test_an_ssl_context_makes_no_tls_of_http(client_of: Clients, ca: trustme.CA) -> None:
+    with Peer.answering(RAN) as peer:
+        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
+
+
+def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
+    for said in (failing("400 Bad Request"), b"", b"\x16\x03\x01"):
+        with Peer([[said, Do.HALF_CLOSE, Do.DRAIN]]) as peer:
+            client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
+            error = outcome(client, RUN_IT)
+            assert is_expected(error, lost(peer.authority)) and not error.request_sent
+    with Peer([[Do.DRAIN]]) as peer:
+        client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), timeout=0.2)
+        assert is_expected(outcome(client, RUN_IT), (BoxerTimeoutError, 0, "0.2 s"))
+    with Peer([[]], context=serving(ca)) as peer:
+        error = outcome(client_of(peer.url.replace("https:", "http:"), retries=0), RUN_IT)
+        assert is_expected(error, lost(peer.authority))
+
+
+# Where an answer is cut off, and what comes of it, however TLS ends. Content without a length or chunks is never taken
+# for whole: asyncio cannot tell the end of TLS from a connection that was cut.
+TLS_ENDS: dict[str, tuple[bytes, Any]] = {
+    "nowhere": (answer("abc", Connection="close"), b"abc"),
+    "content that ends with the connection": (raw(body=b"abc"), lost("after 3 bytes")),
+    "content of a length": (answer("abcd")[:-1], lost("after 3 bytes")),
+    "chunks": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n"), lost("after 3 bytes")),
+    "the last chunk": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n0\r\n"), lost("after 3 bytes")),
+    "the head": (raw()[:-2], lost("within the head")),
+    "the beginning": (b"", lost("before an answer")),
+}
+
+
+def cut_off(inside: ssl.SSLContext, said: bytes, end: str) -> Callable[[Any], None]:
+    """Return a step that says something over TLS in answer to a request, and then no more."""
+
+    def serve(sock: Any) -> None:
+        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
+            _received(reader, with_body=True)
+            tls.sendall(said)
+            if end == "close_notify":
+                close_notify(tls)
+            if end == "garbage":
+                socket.socket.sendall(tls, b"not TLS")
+            if end == "RST":
+                tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return serve
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "RST", "garbage"])
+@pytest.mark.parametrize("where", TLS_ENDS)
+def test_an_answer_that_is_cut_off_within_tls_is_no_answer(
+    client_of: Clients, ca: trustme.CA, setenv: Any, where: str, end: str, is_proxied: bool
+) -> None:
+    said, expected = TLS_ENDS[where]
+    opened: list[Any] = [Do.HEAD, ESTABLISHED] if is_proxied else []
+    with Peer([[*opened, cut_off(serving(ca, "boxer.test"), said, end), Do.FIN]]) as peer:
+        if is_proxied:
+            setenv("https_proxy", peer.url)
+        client = client_of(f"https://boxer.test:{peer.port}", ssl_context=trusting(ca), retries=0)
+        got = outcome(client, DOWNLOAD)
+        # Asyncio may drop what came together with bytes that are not TLS.
+        is_lost = client_of.kind == "async" and end == "garbage" and is_expected(got, lost())
+        assert is_lost or is_expected(got, expected), got
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: proxies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def basic_credentials(pair: str) -> str:
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+
+def test_http_goes_through_a_proxy(client_of: Clients, setenv: Any) -> None:
+    with Peer.answering(RAN, answer("abc")) as proxy:
+        setenv("http_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
+        client = client_of("http://ann:secret@boxer.test:8080/api")
+        assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
+    run, download = proxy.requests[0]
+    assert run.line == "POST http://boxer.test:8080/api/run HTTP/1.1"
+    assert download.line == "GET http://boxer.test:8080/api/files?path=a%20b HTTP/1.1"
+    assert run.fields["host"] == "boxer.test:8080"
+    assert run.fields["proxy-authorization"] == basic_credentials("joe:p@ss")
+    assert run.fields["authorization"] == basic_credentials("ann:secret")
+
+
+def tunnel(inside: ssl.SSLContext, seen: list[Received], *answers: bytes) -> Callable[[Any], None]:
+    """Return a step that answers requests over TLS inside a tunnel."""
+
+    def serve(sock: Any) -> None:
+        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
+            for what in answers:
+                seen.append(_received(reader, with_body=True))
+                tls.sendall(what)
+            with contextlib.suppress(ConnectionError):
+                assert reader.read() == b""
+
+    return serve
+
+
+def test_https_goes_through_a_tunnel(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
+    seen: list[Received] = []
+    inside = tunnel(serving(ca, "boxer.test"), seen, RAN, answer("abc"))
+    with Peer([[Do.HEAD, ESTABLISHED, inside, Do.FIN]]) as proxy:
+        setenv("https_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
+        with client_of("https://ann:secret@boxer.test/api", ssl_context=trusting(ca)) as client:
+            assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
+    (connect,) = proxy.requests[0]
+    assert connect.line == "CONNECT boxer.test:443 HTTP/1.1" and connect.fields["host"] == "boxer.test:443"
+    assert (
+        connect.fields["proxy-authorization"] == basic_credentials("joe:p@ss") and "authorization" not in connect.fields
+    )
+    assert [request.line for request in seen] == ["POST /api/run HTTP/1.1", "GET /api/files?path=a%20b HTTP/1.1"]
+    for request in seen:
+        assert (
+            request.fields["authorization"] == basic_credentials("ann:secret")
+            and "proxy-authorization" not in request.fields
+        )
+
+
+def test_a_tunnel_may_need_no_credentials(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
+    seen: list[Received] = []
+    opened = answer(None, "200 Connection established")
+    with Peer([[Do.REQUEST, opened, tunnel(serving(ca, "boxer.test"), seen, RAN), Do.FIN]]) as proxy:
+        setenv("https_proxy", proxy.url)
+        client = client_of("https://boxer.test", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+        client.close()
+    assert "proxy-authorization" not in {**proxy.request.fields, **seen[0].fields}
+
+
+DENIED = answer("Who are you?", "407 Proxy Authentication Required")
+# What a proxy does when it is asked for a tunnel, and what comes of it.
+TUNNELS: list[tuple[list[Any], Any]] = [
+    ([Do.HEAD, DENIED], refusal(407, "Who are you?")),
+    ([Do.HEAD, DENIED, Do.FIN], refusal(407, "Who are you?")),
+    ([Do.HEAD, answer("x" * MIB, "502 Bad Gateway"), Do.DRAIN], refusal(502, "xxx")),
+    ([Do.HEAD, Do.FIN], lost()),
+    ([Do.HEAD, Do.RST], lost()),
+    ([Do.HEAD, ESTABLISHED[:-1], Do.FIN], lost()),
+    ([Do.HEAD, b"garbage"], lost("HTTP")),
+    ([Do.HEAD, ESTABLISHED + RAN, Do.DRAIN], lost()),
+    ([Do.HEAD, ESTABLISHED, Do.FIN], lost()),
+    ([Do.HEAD], (BoxerTimeoutError, 0, "0.5 s")),
+    ([Do.HEAD, ESTABLISHED, Do.DRAIN], (BoxerTimeoutError, 0, "0.5 s")),
+]
+
+
+@pytest.mark.parametrize(("steps", "expected"), TUNNELS)
+def test_a_tunnel_that_cannot_be_had(
+    client_of: Clients, setenv: Any, ca: trustme.CA, steps: list[Any], expected: Any
+) -> None:
+    with Peer([steps]) as proxy:
+        setenv("https_proxy", f"http://joe:secret@127.0.0.1:{proxy.port}")
+        timeout = 0.5 if expected[0] is BoxerTimeoutError else 30
+        got = outcome(client_of("https://boxer.test", ssl_context=trusting(ca), retries=0, timeout=timeout), RUN_IT)
+        assert is_expected(got, expected), got
+        assert not getattr(got, "request_sent", False) and "secret" not in all_text(got)
+
+
+def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> None:
+    with Peer([[Do.REQUEST, DENIED], [Do.REQUEST, Do.FIN]]) as proxy:
+        setenv("HTTP_PROXY", f"127.0.0.1:{proxy.port}")
+        with client_of("http://boxer.test", retries=0) as client:
+            assert is_expected(outcome(client, RUN_IT), refusal(407, "Who are you?"))
+        assert is_expected(outcome(client_of("http://boxer.test", retries=0), RUN_IT), lost(proxy.authority))
+    error = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
+    assert is_expected(error, lost(proxy.authority)) and not error.request_sent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: tries
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+def test_a_download_goes_once_more_when_its_kept_connection_proves_dead(client_of: Clients, end: Do) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
+        client = client_of(peer.url, retries=0)
+        assert client.health()
+        assert client.download_file("a.txt") == b"abc"
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+@pytest.mark.parametrize("call", [RUN_IT, PUT_FILE], ids=["run", "upload"])
+def test_a_post_whose_bytes_have_left_is_never_sent_twice(client_of: Clients, call: Call, end: Do) -> None:
+    with Peer([[Do.REQUEST, WELL, Do.REQUEST, end], [Do.REQUEST, end]]) as peer:
+        client = client_of(peer.url, retries=5)
+        assert client.health()
+        for _ in ("on a kept connection", "on a fresh one"):
+            error = outcome(client, call)
+            assert type(error) is BoxerConnectionError and error.request_sent
+            assert peer.authority in str(error) and error.__cause__ is not None
+    assert [len(requests) for requests in peer.requests] == [2, 1]
+
+
+ANEW: Call = upload(io.BytesIO(b"content"))
+# Each row: an answer that never gets better, the client's retries (None: its default), the call, how often it is sent.
+TRIES: list[tuple[bytes, int | None, Call, int]] = [
+    *((failing(status), None, call, 3)
+      for status in ("429 Slow Down", "503 Service Unavailable", BROKEN) for call in (RUN_IT, PUT_FILE, DOWNLOAD)),
+    (answer("Busy", "503 Service Unavailable"), None, RUN_IT, 3),
+    (failing(BROKEN, "read stdin: broken"), None, RUN_IT, 3),
+    *((failing(BROKEN, f"{error}: x"), None, RUN_IT, 1)
+      for error in ("image pull failed", "spec build failed", "network setup failed",
+                    "start runsc: context deadline exceeded")),
+    *((answer(text, BROKEN), None, RUN_IT, 1) for text in ("", "oops", "<p>oops</p>", [1], {"error": 5}, {"e": "x"})),
+    *((failing(status), None, RUN_IT, 1)
+      for status in ("400 Bad Request", "404 Not Found", "408 Request Timeout", "409 Conflict", "413 Too Large",
+                     "501 Not Implemented", "502 Bad Gateway", "504 Gateway Timeout", "507 Insufficient Storage")),
+    (failing(BROKEN), 0, RUN_IT, 1),
+    (failing(BROKEN), 5, RUN_IT, 6),
+    (failing(BROKEN), 5, run(retries=1), 2),
+    (failing(BROKEN), 0, run(retries=1), 2),
+    (failing(BROKEN), 5, run(network="sandbox"), 1),
+    (failing(BROKEN), 5, run(network="host"), 1),
+    (failing(BROKEN), 5, run(network="sandbox", retries=1), 2),
+    (failing(BROKEN), 1, run(network="none"), 2),
+    (failing(BROKEN), None, ANEW, 3),
+    (failing(BROKEN), 5, upload(Unseekable(b"content")), 1),
+    (failing("503 Service Unavailable"), None, GET_HEALTH, 1),
+    (failing("503 Service Unavailable"), None, ("health", (), {"retries": 4}), 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "retries", "call", "tries"), TRIES)
+def test_a_request_is_sent_again_after_what_says_that_it_is_over_or_never_began(
+    client_of: Clients, clock: Clock, what: bytes, retries: int | None, call: Call, tries: int
+) -> None:
+    with Host(lambda _: [what]) as host:
+        got = outcome(client_of(host.url, **({} if retries is None else {"retries": retries})), call)
+    assert got is False or f" {got.status_code} " in what.decode()
+    assert (len(host.seen), len(clock.pauses)) == (tries, tries - 1)
+    assert call is not ANEW or all(b"content" in request.body for request in host.seen)
+
+
+def test_a_try_that_succeeds_is_the_last_and_the_last_error_is_raised(client_of: Clients, clock: Clock) -> None:
+    busy = [failing("503 Service Unavailable", "first"), failing("429 Slow Down", "second"), failing(BROKEN, "third")]
+    answers = iter([*busy[:2], RAN, *busy])
+    with Host(lambda _: [next(answers)]) as host:
+        client = client_of(host.url)
+        assert client.run("image", ["true"]) == RESULT
+        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 500, "third"))
+
+
+def test_what_could_not_be_connected_is_tried_again(client_of: Clients, clock: Clock) -> None:
+    client = client_of(refused_url())
+    for call, tries in ((RUN_IT, 2), (run(network="sandbox"), 0), (GET_HEALTH, 0)):
+        clock.pauses.clear()
+        error = outcome(client, call)
+        assert type(error) is BoxerConnectionError and not error.request_sent and len(clock.pauses) == tries
+
+
+def test_a_request_was_sent_even_if_it_could_not_be_sent_once_more(client_of: Clients) -> None:
+    with vanishing(WELL, b"") as url:
+        client = client_of(url)
+        assert client.health()
+        error = outcome(client, GET_HEALTH)
+    assert is_expected(error, lost("no connection could be made")) and error.request_sent
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+def test_a_download_may_be_sent_again_after_a_lost_connection(client_of: Clients, clock: Clock, end: Do) -> None:
+    with Peer([[Do.REQUEST, b"HTTP/1.1 200", end], [Do.REQUEST, end], [Do.REQUEST, answer("abc")]]) as peer:
+        assert client_of(peer.url).download_file("a.txt") == b"abc"
+    assert len(clock.pauses) == 2
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
+def test_a_malformed_answer_is_not_asked_for_again(client_of: Clients, clock: Clock, is_kept: bool) -> None:
+    before: list[Any] = [Do.REQUEST, WELL] if is_kept else []
+    with Peer([[*before, Do.REQUEST, b"garbage"]]) as peer:
+        client = client_of(peer.url)
+        assert not is_kept or client.health()
+        assert is_expected(outcome(client, DOWNLOAD), lost("garbage"))
+    assert clock.pauses == []
+
+
+def test_pauses_grow_and_no_two_are_the_same(client_of: Clients, clock: Clock) -> None:
+    with Host(lambda _: [failing(BROKEN)]) as host:
+        client = client_of(host.url, retries=5)
+        for _ in range(3):
+            outcome(client, RUN_IT)
+    rows = [clock.pauses[at : at + 5] for at in (0, 5, 10)]
+    assert all(later > earlier for row in rows for earlier, later in zip(row, row[2:])), rows
+    assert all(0.1 < pause < 10 for pause in clock.pauses) and len(set(clock.pauses)) == 15
+
+
+RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, less what a busy machine takes to get there
+    "7": (7, 7.5), "date": (3, 9.5), "asctime": (3, 9.5),
+    **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00"],
+                    (0.01, 2)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLACES)
-@examples(1 / 8)
-@hypothesis.example(text=PRINTABLE)
-@hypothesis.example(text=ALL_BUT_SURROGATES)
-@hypothesis.example(text="世")
-@hypothesis.given(text=odd_texts)
-def test_text_arrives_as_it_is_or_is_refused(client_of: Clients, name: str, text: str) -> None:
-    check_place(client_of, PLACES[name], text)
+@pytest.mark.parametrize("value", RETRY_AFTER)
+def test_retry_after_is_honoured_in_seconds_and_as_a_date(client_of: Clients, clock: Clock, value: str) -> None:
+    date = email.utils.formatdate(time.time() + 9, usegmt=True)
+    sent = {"date": date, "asctime": time.asctime(time.gmtime(time.time() + 9))}.get(value, value)
+    answers = iter([failing("503 Service Unavailable", Retry_After=sent), RAN])
+    with Host(lambda _: [next(answers)]) as host:
+        assert client_of(host.url).run("image", ["true"]) == RESULT
+    (pause,) = clock.pauses
+    assert RETRY_AFTER[value][0] <= pause <= RETRY_AFTER[value][1]
 
 
-@examples(1 / 8)
-@hypothesis.example(text="Bücher.EXAMPLE")
-@hypothesis.given(text=odd_texts)
-def test_a_host_arrives_as_it_is_or_is_refused(client_of: Clients, setenv: Any, text: str) -> None:
-    text = re.sub(r"[/?#@:[\]]", "", text)  # what has a meaning of its own there
-
-    def settings(text: str, here: str) -> dict[str, Any]:
-        setenv("http_proxy", f"http://{here}")  # so that no name is looked up
-        return {"base_url": f"http://{text}"}
-
-    def expected(text: str) -> dict[str, Any]:
-        name = text.lower().encode("ascii" if text.isascii() else "idna")
-        return {"host": name, "the path": b"http://%b/healthz" % name}
-
-    check_place(client_of, Place(lambda _: GET_HEALTH, expected, settings), text)
+@pytest.mark.parametrize("value", ["60", "99999999999", "date"])
+def test_a_retry_after_past_the_deadline_ends_the_call_at_once(client_of: Clients, clock: Clock, value: str) -> None:
+    sent = email.utils.formatdate(time.time() + 999, usegmt=True) if value == "date" else value
+    with Host(lambda _: [failing("503 Service Unavailable", "busy", Retry_After=sent)]) as host:
+        got = outcome(client_of(host.url, timeout=30), RUN_IT)
+        assert is_expected(got, (BoxerAPIError, 503, "busy"))
+    assert (len(host.seen), clock.pauses) == (1, [])
 
 
-@examples(1 / 8)
-@hypothesis.example(name=PRINTABLE)
-@hypothesis.given(name=odd_texts)
-def test_a_local_file_s_name_arrives_as_it_is_or_is_refused(client_of: Clients, tmp_path: Path, name: str) -> None:
-    def file(name: str) -> Path:
-        path = Path(tempfile.mkdtemp(dir=tmp_path)) / name.replace("/", "")
-        path.write_bytes(b"")
-        return path
-
-    try:
-        file(name)
-    except (OSError, ValueError):
-        hypothesis.reject()  # this system has no such names
-    alone = Place(lambda name: ("upload_path", (file(name),), {}), lambda name: path_part(name.replace("/", "")))
-    in_folder = Place(
-        lambda name: ("upload_path", (file(name).parent, "x"), {}), lambda name: path_part(f"x/{name.replace('/', '')}")
-    )
-    for place in (alone, in_folder):
-        check_place(client_of, place, name)
+def test_one_deadline_covers_all_tries_and_pauses(client_of: Clients, clock: Clock) -> None:
+    with Host(lambda _: [failing(BROKEN)]) as host:
+        got = outcome(client_of(host.url, timeout=20, retries=1000), RUN_IT)
+        assert is_expected(got, (BoxerAPIError, 500, "no"))
+    assert 5 < sum(clock.pauses) < 20
 
 
-def test_boundaries_cannot_be_foreseen(client_of: Clients) -> None:
-    with Host(lambda _: [STORED]) as host:
-        client = client_of(host.url)
-        for _ in range(2000):
-            random.seed(0)
-            client.upload_file("a", b"")
-    random.seed()
-    matches = [re.search("boundary=([0-9a-f]{32})$", request.fields["content-type"]) for request in host.seen]
-    numbers = [int(match[1], 16) for match in matches if match]
-    assert len(set(numbers)) == 2000
-    # No bit is always the same, or can be told from others: there are 128 that are linearly independent.
-    independent: list[int] = []
-    for number in numbers:
-        rest = functools.reduce(lambda left, one: min(left, left ^ one), independent, number ^ numbers[0])
-        independent += [rest] if rest else []
-    assert len(independent) == 128
+def test_tries_are_logged_without_secrets(client_of: Clients, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    answers = iter([failing(BROKEN, RACES[0]), failing("503 Service Unavailable", "busy"), RAN])
+    with Host(lambda _: [next(answers)]) as host:
+        client = client_of(host.url.replace("//", "//user:s3cret@"), headers={"X-Token": "s3cret"})
+        assert client.run("s3cret", ["s3cret"], env={"KEY": "s3cret"}) == RESULT
+    records = [record for record in caplog.records if record.name == "boxer"]
+    assert [record.levelno for record in records] == [logging.DEBUG, logging.WARNING]
+    assert "busy" in records[1].getMessage() and "s3cret" not in caplog.text
 
 
-def test_content_may_look_like_a_delimiter(client_of: Clients) -> None:
-    content = b""
-    with Host(lambda _: [STORED]) as host:
-        client = client_of(host.url)
-        for _ in range(5):
-            client.upload_file("a", content)
-            sent = host.seen[-1]
-            assert asked(sent)["the part file"] == ({"filename": "file"}, content)
-            boundary = sent.fields["content-type"].partition("=")[2].encode()
-            delimiters = [b"\r\n--%b\r\n" % boundary, b"\r\n--%b--\r\n" % boundary, b"--%b" % boundary, b"\r\n--"]
-            content = b"".join([*delimiters, sent.body, b"\r\n--" + boundary[:-1]])
+# How often a call may be sent that always meets the race: if this counts as another failure in the end, too, or not.
+RACE_TRIES: list[tuple[Call, tuple[int, ...]]] = [
+    (run(retries=1), (16, 17)), (run(network="none"), (16, 18)), (run(retries=0), (1,)), (run(network="sandbox"), (1,)),
+    (run(network="sandbox", retries=1), (2,)), (PUT_FILE, (3,)),
+]  # fmt: skip
 
 
-# TLS for tests
+@pytest.mark.parametrize("race", RACES)
+@pytest.mark.parametrize(("call", "tries"), RACE_TRIES)
+def test_the_race_has_tries_of_its_own(
+    client_of: Clients, clock: Clock, race: str, call: Call, tries: tuple[int, ...]
+) -> None:
+    with Host(lambda _: [failing(BROKEN, race)]) as host:
+        assert is_expected(outcome(client_of(host.url), call), (BoxerAPIError, 500, race))
+    assert len(host.seen) in tries and len(clock.pauses) == len(host.seen) - 1
+    assert len(host.seen) < 16 or all(0 < pause < 0.25 for pause in clock.pauses[:15])
 
 
-@pytest.fixture(scope="session")
-def ca() -> trustme.CA:
-    return trustme.CA()
+def test_a_third_of_runs_lost_to_the_race_is_no_failure(client_of: Clients) -> None:
+    tokens = [str(number) for number in range(1000)]
+    with Swift(sandbox=NoSandbox(), race=1 / 3) as server:
+        client = client_of(server.url, max_connections=8)
+        results = gather(client, [("run", ("image", ["echo", token]), {}) for token in tokens])
+        assert [result.stdout for result in results] == [f"{token}\n" for token in tokens]
+        assert server.runs_lost > 250 and server.connections <= 8
 
 
-def serving(ca: trustme.CA, *names: str, clients: trustme.CA | None = None, **issued: Any) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert(*(names or ("127.0.0.1",)), **issued).configure_cert(context)
-    if clients is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        clients.configure_trust(context)
-    return context
-
-
-def trusting(ca: trustme.CA, certificate: trustme.LeafCert | None = None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    ca.configure_trust(context)
-    if certificate is not None:
-        certificate.configure_cert(context)
-    return context
-
-
-def close_notify(sock: Any) -> None:
-    with contextlib.suppress(OSError):
-        sock.unwrap()
-
-
-# Deadlines
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: deadlines
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def slowly(start: bytes, more: bytes) -> Iterator[bytes]:
@@ -5931,49 +5931,27 @@ def test_a_connection_that_is_never_accepted_is_given_up(client_of: Clients) -> 
         assert is_expected(outcome(client, RUN_IT, timeout=0.2), (BoxerTimeoutError, 0, "0.2 s"))
 
 
-@contextlib.contextmanager
-def never_accepting() -> Iterator[socket.socket]:
-    """A listener whose queue is full."""
-    with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(8):
-            sock = sockets.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        yield listener
+def test_a_handshake_that_does_not_come_is_waited_for_idly(client_of: Clients) -> None:
+    with Peer([[Do.DRAIN]]) as peer:
+        client = client_of(f"https://{peer.authority}", timeout=0.2)
+        with Counting() as counting:
+            error = outcome(client, GET_HEALTH)
+    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.2 s"))
+    assert counting.calls < 1000
 
 
-def store_slowly(sock: Any) -> None:
-    """Take in an upload slowly, and answer."""
-    pace, end = threading.Event(), b""
-    while not end.endswith(b"--\r\n"):
-        end = (end + sock.recv(16 * 1024))[-4:]
-        pace.wait(0.01)
-    sock.sendall(STORED)
+def test_nothing_is_sent_once_the_look_up_of_a_name_took_all_the_time(
+    client_of: Clients, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = socket.getaddrinfo
 
+    def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
+        clock.ahead += 1000
+        return look_up(*args, **kwargs)
 
-def test_an_upload_that_the_server_is_slow_to_take_outlives_its_timeout(client_of: Clients) -> None:
-    """Most of it is with the operating system all the while, which takes megabytes at once."""
-    with Peer([[store_slowly]]) as peer:
-        client_of(peer.url, timeout=1).upload_file("a.txt", bytes(4 * MIB))
-
-
-def test_an_upload_needs_no_word_of_the_system(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boxer, "fcntl", None)  # as on Windows
-    with Peer.answering(STORED) as peer:
-        client_of(peer.url).upload_file("a.txt", bytes(4 * MIB))
-        assert len(peer.request.body) > 4 * MIB
-
-
-def test_a_call_whose_time_is_up_does_not_wait_for_its_turn() -> None:
-    has_come, is_over = threading.Event(), threading.Event()
-    script: list[list[Any]] = [[Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]]
-    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(1) as executor:
-        first = executor.submit(do, client, RUN_IT)
-        assert has_come.wait(30)
-        assert is_expected(outcome(client, RUN_IT, timeout=1e-9), (BoxerTimeoutError, 0, "1e-09"))
-        is_over.set()
-        assert first.result() == RESULT
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with Peer([]) as peer:
+        assert is_expected(outcome(client_of(peer.url, timeout=60), RUN_IT), (BoxerTimeoutError, 0, "60 s"))
 
 
 def test_an_upload_that_nobody_takes_is_given_up_whatever_the_server_says(client_of: Clients) -> None:
@@ -6009,6 +5987,17 @@ def test_the_wait_for_a_free_connection_does_not_count(client_of: Clients, clock
         assert gather(client_of(host.url, max_connections=1), calls) == [RESULT, RESULT]
 
 
+def test_a_call_whose_time_is_up_does_not_wait_for_its_turn() -> None:
+    has_come, is_over = threading.Event(), threading.Event()
+    script: list[list[Any]] = [[Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(1) as executor:
+        first = executor.submit(do, client, RUN_IT)
+        assert has_come.wait(30)
+        assert is_expected(outcome(client, RUN_IT, timeout=1e-9), (BoxerTimeoutError, 0, "1e-09"))
+        is_over.set()
+        assert first.result() == RESULT
+
+
 @pytest.mark.parametrize("max_connections", [1, 3])
 def test_a_deadline_that_passes_hurts_no_other_call(client_of: Clients, max_connections: int) -> None:
     is_over = threading.Event()
@@ -6031,18 +6020,190 @@ def test_what_keeps_moving_outlives_its_timeout(client_of: Clients, clock: Clock
         clock.tick = 0.1
         assert do(client, call) == (bytes(64 * MIB) if call is DOWNLOAD else None)
         clock.tick = 0
-    assert clock.ahead - start > 10
+    assert clock.ahead - start > 5
 
 
-# Answers that come early
+# What has arrived by the deadline, and what has not
 
 
-@pytest.fixture(scope="session")
-def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("large") / "large.bin"
-    with open(path, "wb") as file:
-        file.truncate(64 * MIB)
-    return path
+def sockets_to(port: int) -> Iterator[socket.socket]:
+    """Yield copies of this process's sockets that are connected to a port, as the system shows them."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # other threads close theirs, and so does what lists them
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getpeername()[1] == port:
+                        yield sock
+
+
+def is_all_delivered(sock: socket.socket) -> bool:
+    """Tell whether the peer's system has acknowledged all that was sent."""
+    unsent = array.array("i", [-1])
+    fcntl = importlib.import_module("fcntl")
+    fcntl.ioctl(sock.fileno(), importlib.import_module("termios").TIOCOUTQ, unsent)
+    return unsent[0] == 0
+
+
+has_sockets_to_see = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not show sockets")
+
+
+@has_sockets_to_see
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("size", [1024, 100 * 1024, 3 * MIB], ids=["1 KiB", "100 KiB", "3 MiB"])
+def test_an_answer_that_has_arrived_by_the_deadline_counts(
+    client_of: Clients, clock: Clock, ringing: Ringing, ca: trustme.CA, size: int, is_tls: bool
+) -> None:
+    """It comes while the program does something else: in a signal handler, or in a step of its event loop."""
+    has_come, is_busy, has_arrived = threading.Event(), threading.Event(), threading.Event()
+
+    def be_busy() -> None:
+        for sock in sockets_to(peer.port):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * MIB)
+        is_busy.set()
+        assert has_arrived.wait(30)
+        clock.ahead += 1000
+
+    def send(sock: Any) -> None:
+        if client_of.kind == "sync":
+            ringing.action = be_busy
+            ringing.start()
+        has_come.set()
+        assert is_busy.wait(30)
+        sock.sendall(answer({**RUN, "stdout": "x" * size}))
+        assert settles(lambda: is_all_delivered(sock))
+        has_arrived.set()
+
+    async def main(client: AsyncBoxerClient) -> RunResult:
+        call = asyncio.ensure_future(client.run("image", ["true"]))
+        await asyncio.get_running_loop().run_in_executor(None, has_come.wait, 30)
+        be_busy()
+        return await call
+
+    with Peer([[Do.REQUEST, send]], context=serving(ca) if is_tls else None) as peer:
+        client = client_of(peer.url, timeout=60, ssl_context=trusting(ca) if is_tls else None)
+        is_sync = client_of.kind == "sync"
+        result = do(client, RUN_IT) if is_sync else client.loop.run_until_complete(main(client.client))
+        assert result.stdout == "x" * size
+
+
+FLOODS: dict[str, tuple[bytes, bytes]] = {
+    "white space before JSON": (raw("Content-Length: 999999999999"), b" " * 1000),
+    "white space in chunks": (raw(IN_CHUNKS), b"3e8\r\n" + b" " * 1000 + b"\r\n"),
+    "chunks of a byte": (raw(IN_CHUNKS), b"1\r\n \r\n" * 200),
+    "chunks with extensions": (raw(IN_CHUNKS), b"1;" + b"x" * 1000 + b"\r\n \r\n"),
+    "an error page in chunks": (raw(IN_CHUNKS, status="HTTP/1.1 502 Bad Gateway"), b"1\r\n \r\n"),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_does_not_outlast_the_deadline(client_of: Clients, flood: str) -> None:
+    start, more = FLOODS[flood]
+    with Peer([[Do.REQUEST, itertools.chain([start], itertools.repeat(more)), Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client, began = client_of(peer.url), time.monotonic()
+        got = outcome(client, RUN_IT, timeout=0.3)
+        if "error page" in flood and not is_expected(got, (BoxerTimeoutError, 0, "0.3 s")):
+            assert is_expected(got, refusal(502))  # an error's content is cut where there is enough of it
+        else:
+            assert is_expected(got, (BoxerTimeoutError, 0, "0.3 s")), got
+        assert time.monotonic() - began < 20
+        assert client.health()
+
+
+# Connections that are long silent, and names with several addresses
+
+
+@has_sockets_to_see
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_tcp_looks_whether_the_peer_is_still_there(client_of: Clients, ca: trustme.CA, is_tls: bool) -> None:
+    found: list[tuple[int, ...]] = []
+
+    def look(_: Any) -> None:
+        for sock in sockets_to(peer.port):
+            is_on = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+            found.append((is_on, *(sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)))
+
+    with Peer([[Do.REQUEST, look, WELL]], context=serving(ca) if is_tls else None) as peer:
+        assert client_of(peer.url, ssl_context=trusting(ca) if is_tls else None).health()
+    ((is_on, idle, interval, count),) = found
+    assert is_on and 30 <= idle <= 90 and interval * count <= 60
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["it is the first", "it is the only one"])
+def test_a_silent_address_costs_some_seconds_if_the_name_has_others(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("flags"):
+            return look_up(host, port, *args, **kwargs)
+        ports = [silent, port] if is_first else [silent]
+        return [address for each in ports for address in look_up("127.0.0.1", each, *args, **kwargs)]
+
+    with never_accepting() as listener, Peer.answering(*[WELL] * is_first) if is_first else Peer([]) as peer:
+        silent = listener.getsockname()[1]
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        client, began = client_of(f"http://boxer.test:{peer.port}"), time.monotonic()
+        if is_first:
+            assert client.health(timeout=60)
+            assert time.monotonic() - began < 20
+        else:
+            assert is_expected(outcome(client, GET_HEALTH, timeout=7), (BoxerTimeoutError, 0, "7 s"))
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]"])
+def test_this_machine_is_reached_without_a_thread(name: str) -> None:
+    is_over = threading.Event()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, is_over.wait, 30)
+        try:
+            async with AsyncBoxerClient(f"http://{name}:{peer.port}", timeout=10) as client:
+                assert await client.health()
+                await client.upload_file("a.txt", b"content")
+                assert not busy.done()
+        finally:
+            is_over.set()
+            await busy
+
+    with Peer.answering(WELL, STORED, host="::1" if name == "[::1]" else "127.0.0.1") as peer:
+        asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: early answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Calls whose answer comes before all of the request is sent, though it would let the connection be kept; and what comes
+# of each.
+EARLY: dict[str, tuple[Call, bytes, Any]] = {
+    "an upload": (LARGE, answer({"error": "no"}, "400 Bad Request"), refusal(400, "no")),
+    "a stored upload": (LARGE, STORED, lost("before it had all of the request")),
+    "a run": (BIG_RUN, answer({"error": "no"}, "400 Bad Request"), refusal(400, "no")),
+    "a run that went well": (BIG_RUN, RAN, lost("before it had all of the request")),
+}
+
+
+@pytest.mark.parametrize("early", EARLY)
+def test_a_connection_that_answered_early_is_not_used_again(client_of: Clients, early: str) -> None:
+    (call, what, expected), has_answer = EARLY[early], threading.Event()
+    with Peer([[Do.HEAD, what, lambda _: has_answer.wait(30), Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url, timeout=20)
+        got = outcome(client, call)
+        has_answer.set()
+        assert is_expected(got, expected), got
+        assert client.health()
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+def test_a_run_that_was_not_wholly_sent_did_not_succeed(client_of: Clients, end: Do) -> None:
+    with Peer([[Do.HEAD, RAN, end]] * 10) as peer:
+        client = client_of(peer.url)
+        for _ in range(10):
+            assert is_expected(outcome(client, BIG_RUN), lost(peer.authority))
 
 
 def refuse_after_100_kib(sock: Any) -> None:
@@ -6050,13 +6211,6 @@ def refuse_after_100_kib(sock: Any) -> None:
     while left > 0:
         left -= len(sock.recv(min(left, 65536)))
     sock.sendall(failing("413 Request Entity Too Large", "too much", Connection="close"))
-
-
-def uploads(client: Any, path: Path) -> Iterator[Any]:
-    for _ in range(20):
-        yield outcome(client, LARGE)
-        with open(path, "rb") as file:
-            yield outcome(client, upload(file))
 
 
 @pytest.mark.parametrize("end", [Do.RST, Do.FIN, Do.DRAIN])
@@ -6068,7 +6222,9 @@ def test_a_413_in_the_middle_of_an_upload_arrives(
     with Peer([steps] * 40 + [[Do.REQUEST, WELL]], context=serving(ca) if is_tls else None) as peer:
         client = client_of(peer.url, ssl_context=trusting(ca) if is_tls else None)
         for got in uploads(client, large_file):
-            assert is_expected(got, refusal(413, "too much")), got
+            # Over TLS, asyncio may learn of a reset before it has read what came before that.
+            is_lost = client_of.kind == "async" and is_tls and end is not Do.DRAIN and is_expected(got, lost())
+            assert is_lost or is_expected(got, refusal(413, "too much")), got
         assert client.health()
 
 
@@ -6080,149 +6236,43 @@ def test_a_413_of_the_stand_in_arrives(client_of: Clients, large_file: Path) -> 
         assert client.health()
 
 
-# Files that change, and files that fail
+def test_the_rest_of_an_early_answer_is_waited_for_idly(client_of: Clients) -> None:
+    begun = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\n"
+    with Peer([[Do.HEAD, begun, Do.DRAIN]]) as peer:
+        client = client_of(peer.url, timeout=0.3)
+        with Counting() as counting:
+            error = outcome(client, upload(bytes(LONG)))
+    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.3 s"))
+    assert counting.calls < 2000
 
 
-class Changing(io.FileIO):
-    """A file that is given another size once a part of it was read."""
+def test_a_flood_does_not_pile_up_while_a_file_is_read(client_of: Clients) -> None:
+    is_blocked = threading.Event()
 
-    def __init__(self, path: Path, new_size: int) -> None:
-        super().__init__(path)
-        self.new_size = new_size
+    def flood(sock: Any) -> None:
+        sock.setblocking(False)
+        sent = 0
+        with contextlib.suppress(ConnectionError):  # the blocking client may see the answer before it reads the file
+            while select.select([], [sock], [], 1)[1]:
+                sent += sock.send(bytes(MIB))
+                assert sent < 64 * MIB, "the client takes whatever comes"
+        is_blocked.set()
 
-    def read(self, size: int | None = -1) -> bytes:
-        content: bytes = super().read(size) or b""
-        if size:
-            os.truncate(self.name, self.new_size)
-        return content
-
-
-class Failing(io.BytesIO):
-    """A file that cannot be read to its end."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size and self.tell() > MIB:
-            raise OSError(5, "the disk is broken")
-        return super().read(size)
-
-
-def all_of_it(sock: Any, into: list[bytes]) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := sock.recv(65536):
-            into.append(data)
-
-
-LONG = 24 * MIB  # a file that is not read to its end, nor taken in by the system, as long as the peer takes nothing
-
-
-@pytest.mark.parametrize("kind", ["the system's", "one with a read of its own"])
-@pytest.mark.parametrize("size", [LONG + MIB, LONG + 1, LONG - 1, 0])
-def test_a_file_that_changes_its_size_is_never_a_whole_upload(
-    client_of: Clients, size: int, kind: str, tmp_path: Path
-) -> None:
-    path, received = tmp_path / "file", list[bytes]()
-    path.touch()
-    os.truncate(path, LONG)
-
-    def take(sock: Any) -> None:
-        if kind == "the system's":
-            os.truncate(path, size)
-        all_of_it(sock, received)
-
-    with Peer([[take, Do.FIN], [Do.REQUEST, WELL]]) as peer:
-        with open(path, "rb") if kind == "the system's" else Changing(path, size) as file:
-            client = client_of(peer.url)
-            got = outcome(client, upload(file))
-        assert type(got) is BoxerError and "size" in str(got)
-        assert client.health()
-    head, _, body = b"".join(received).partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: ([0-9]+)", head.lower())
-    assert length is not None and len(body) < int(length[1])
-
-
-def test_an_upload_out_of_memory_that_has_gone_is_broken_off(client_of: Clients, tmp_path: Path) -> None:
-    """A send fails, and the connection has not: as when the system has no room, or a firewall does not let it."""
-    path, received = tmp_path / "file", list[bytes]()
-    path.touch()
-    os.truncate(path, LONG)
-
-    def take(sock: Any) -> None:
-        os.truncate(path, 8 * MIB)
-        all_of_it(sock, received)
-
-    with path.open("rb") as file, mmap.mmap(file.fileno(), LONG, prot=mmap.PROT_READ) as content:
-        with Peer([[take, Do.FIN], [Do.REQUEST, WELL]]) as peer:
-            client = client_of(peer.url)
-            error = outcome(client, upload(memoryview(content)))
-            assert is_expected(error, lost("Bad address")) and error.request_sent
-            assert client.health()
-        del error  # and with its traceback the frames that have the content
-        gc.collect()
-    assert len(b"".join(received)) <= 8 * MIB + 1000
-
-
-class Recording(io.FileIO):
-    """A file that tells how much was asked of it at a time."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.asked: list[int] = []
-
-    def readinto(self, room: Any) -> int:
-        self.asked.append(len(room))
-        return super().readinto(room)
-
-
-@pytest.mark.parametrize(("way", "most"), [("quick", 4 * MIB), ("slow", MIB), ("over TLS", MIB)])
-def test_a_file_is_read_in_larger_pieces_where_that_is_of_use(
-    client_of: Clients, clock: Clock, ca: trustme.CA, large_file: Path, way: str, most: int
-) -> None:
-    clock.tick = 0.06 if way == "slow" else 0.0
-    with Host(lambda _: [STORED], context=serving(ca) if way == "over TLS" else None) as host:
-        client = client_of(host.url, ssl_context=trusting(ca) if way == "over TLS" else None)
-        with Recording(large_file) as raw, io.BufferedReader(raw) as file:
-            client.upload_file("a.txt", file)
-    assert max(raw.asked) == most
-
-
-def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -> None:
-    with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+    said = answer(None, "413 Too Large", Content_Length=str(1 << 40))
+    with Peer([[Do.HEAD, said, flood, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
         client = client_of(peer.url)
-        with pytest.raises(OSError, match="the disk is broken"):
-            client.upload_file("a.txt", Failing(bytes(2 * MIB)))
+        assert is_expected(outcome(client, ("upload_file", ("a.txt", Waiting(is_blocked)), {})), refusal(413))
         assert client.health()
 
 
-# Calls that are broken off
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: cancellation
+# ---------------------------------------------------------------------------------------------------------------------
 
-
-# How a call is broken off, and what the one who does so gets to see.
+# Ways to break off a call, and the exception that whoever does so sees.
 HOWS: dict[str, type[BaseException]] = {"cancel": asyncio.CancelledError, "wait_for": asyncio.TimeoutError}
 if sys.version_info >= (3, 11):
     HOWS.update({"timeout": TimeoutError, "TaskGroup": Exception})
-
-
-async def break_off(how: str, coroutine: Any, is_waiting: Callable[[], Any]) -> Any:
-    """Make a call, wait in a thread until it is waiting for its answer, and break it off."""
-    asyncio_: Any = asyncio  # all that Pythons of different age have
-    call = asyncio.ensure_future(coroutine)
-    await asyncio.get_running_loop().run_in_executor(None, is_waiting)
-    if how == "wait_for":
-        await asyncio.wait_for(call, 0.01)
-    elif how == "timeout":
-        async with asyncio_.timeout(0.01):
-            await call
-    elif how == "TaskGroup":
-
-        async def wait() -> None:
-            await call
-
-        async with asyncio_.TaskGroup() as group:
-            group.create_task(wait())
-            await asyncio.sleep(0)
-            raise LookupError
-    call.cancel()
-    await call
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -6291,30 +6341,6 @@ def test_a_call_can_be_cancelled_at_every_step_of_its_loop(is_kept: bool, is_fol
         assert asyncio.run(main()) > 3
 
 
-class Frail(Host):
-    """A host whose clients may break off anywhere, even within a handshake.
-
-    inside: the context of the TLS that it speaks, as a proxy (is_proxy) within each of the tunnels that it opens.
-    """
-
-    def __init__(
-        self, respond: Callable[[Received], Any], inside: ssl.SSLContext | None = None, is_proxy: bool = False
-    ) -> None:
-        super().__init__(respond)
-        self.inside = inside
-        self.is_proxy = is_proxy
-
-    def serve(self, sock: Any) -> None:
-        with contextlib.suppress(AssertionError, OSError), contextlib.ExitStack() as stack:
-            if self.is_proxy:
-                _received(stack.enter_context(sock.makefile("rb")), with_body=False)
-                sock.sendall(ESTABLISHED)
-            if self.inside is not None:
-                sock = stack.enter_context(self.inside.wrap_socket(sock, server_side=True))
-                self._open.append(sock)
-            super().serve(sock)
-
-
 @types.coroutine
 def cancelling(coroutine: Any, number: int, late: bool) -> Generator[Any, Any, None]:
     """Carry out a coroutine; cancel its task when that waits for the n-th time, or (late) when this wait is over."""
@@ -6352,7 +6378,7 @@ async def upload_of_a_file(client: AsyncBoxerClient, path: Path) -> None:
         await client.upload_file("a.txt", file)
 
 
-# What a call may have to wait for, and such a call.
+# What a call waits for, and a call that does so.
 WAITS: dict[str, Callable[[AsyncBoxerClient, Path, str], Any]] = {
     "TLS": lambda client, _, name: client.run("image", [name]),
     "a tunnel": lambda client, _, name: client.run("image", [name]),
@@ -6363,6 +6389,8 @@ WAITS: dict[str, Callable[[AsyncBoxerClient, Path, str], Any]] = {
 }
 
 
+# The server's own: ssl leaves a socket unclosed that was reset before it could be wrapped.
+@pytest.mark.filterwarnings(r"ignore:unclosed <ssl.SSLSocket [^>]*laddr=\('127.0.0.1', [0-9]+\)>:ResourceWarning")
 @pytest.mark.parametrize("late", [False, True], ids=["when it waits", "when it goes on"])
 @pytest.mark.parametrize("what", WAITS)
 def test_a_call_can_be_cancelled_whenever_it_waits(
@@ -6397,28 +6425,49 @@ def test_a_call_can_be_cancelled_whenever_it_waits(
         assert asyncio.run(main()) > 1
 
 
-def test_a_close_does_not_wait_so_that_it_cannot_be_cancelled_half_way() -> None:
-    is_over, waiting = threading.Event(), threading.Semaphore(0)
-
-    def respond(request: Received) -> list[Any]:
-        return [waiting.release, lambda: is_over.wait(30), Do.FIN] if "/run" in request.line else [WELL]
+def test_a_call_that_is_cancelled_as_its_answer_comes_is_cancelled() -> None:
+    """The loop finds the answer, and before that a task that cancels the call."""
+    arrived, is_blocked, answered = threading.Event(), threading.Event(), threading.Event()
 
     async def main() -> None:
-        client = AsyncBoxerClient(host.url)
-        run = asyncio.ensure_future(client.run("image", ["true"]))
-        assert await client.health()
-        await asyncio.get_running_loop().run_in_executor(None, waiting.acquire)
-        with pytest.raises(StopIteration):
-            client.aclose().send(None)  # as a task does, for each of its steps
-        with pytest.raises(RuntimeError, match="closed"):
-            await client.health()
-        await client.aclose()
-        with pytest.raises(BoxerConnectionError):
-            await asyncio.wait_for(run, 30)
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+            call = asyncio.ensure_future(client.run("image", ["true"]))
+            await asyncio.get_running_loop().run_in_executor(None, arrived.wait, 30)
+            is_blocked.set()
+            answered.wait(30)
+            await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await client.health()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [arrived.set, lambda: is_blocked.wait(30), RAN, answered.set]
 
     with Host(respond) as host:
         asyncio.run(main())
-        is_over.set()
+
+
+def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next() -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+
+            async def first() -> None:
+                assert await client.health()
+                second.cancel()  # it has its turn now, and has not run yet
+
+            third: Any
+            leading = asyncio.ensure_future(first())
+            await asyncio.sleep(0)
+            second, third = (asyncio.ensure_future(client.health()) for _ in range(2))
+            await leading
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert await third
+            assert await client.health()
+
+    with Host(lambda _: [WELL]) as host:
+        asyncio.run(main())
 
 
 @pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
@@ -6444,155 +6493,47 @@ def test_a_cancelled_run_is_killed(how: str) -> None:
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("connection", ["fresh", "kept", "TLS"])
 @pytest.mark.parametrize("call", [RUN_IT, DOWNLOAD, LARGE], ids=["run", "download", "upload"])
-def test_an_interrupted_call_closes_its_connection(call: Call, interrupts: Interrupts) -> None:
-    is_over = threading.Event()
+def test_an_interrupted_call_closes_its_connection(
+    call: Call, connection: str, ca: trustme.CA, interrupts: Interrupts
+) -> None:
+    is_over, context = threading.Event(), serving(ca) if connection == "TLS" else None
+    before: list[Any] = [Do.REQUEST, WELL] if connection == "kept" else []
     half: list[Any] = [answer("abc")[:-1]] if call is DOWNLOAD else []
-    script = [[Do.HEAD, *half, lambda _: interrupts(is_over), Do.DRAIN], [Do.REQUEST, WELL]]
-    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client:
+    script = [[*before, Do.HEAD, *half, lambda _: interrupts(is_over), Do.DRAIN], [Do.REQUEST, WELL]]
+    trusted = trusting(ca) if connection == "TLS" else None
+    with Peer(script, context=context) as peer, BoxerClient(peer.url, max_connections=1, ssl_context=trusted) as client:
+        assert not before or client.health()
         with pytest.raises(KeyboardInterrupt):
             do(client, call)
         is_over.set()
-        assert client.health()
+        assert in_time(client.health)
 
 
-def interrupted(number: int, function: Callable[[], Any], within: str = "") -> bool:
-    """Call a function, and interrupt it at the n-th place where a signal would; return False if there are fewer.
+def test_a_call_can_be_interrupted_while_it_waits_for_its_turn(interrupts: Interrupts) -> None:
+    has_come, is_over, may_end = threading.Event(), threading.Event(), threading.Event()
 
-    Python looks for signals where a function begins and after each call; all of them can be counted, and so none is
-    left to chance. `within` names the file whose functions alone are interrupted.
-    """
-    left = number
+    def interrupt() -> None:
+        threading.Event().wait(0.2)  # by then the call waits
+        interrupts(is_over)
 
-    def look(frame: Any, event: str, _: Any) -> None:
-        nonlocal left
-        left -= event in ("call", "return", "c_return") and within in frame.f_code.co_filename
-        if left < 0:
-            sys.setprofile(None)
-            raise KeyboardInterrupt
+    def wait_for_turn() -> None:
+        executor.submit(interrupt)
+        client.run("image", ["true"])
 
-    sys.setprofile(look)
-    try:
-        function()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.setprofile(None)
-    return left < 0
-
-
-def in_time(function: Callable[[], Any]) -> Any:
-    """Call a function in another thread; fail if it does not return."""
-    returned: list[Any] = []
-    thread = threading.Thread(target=lambda: returned.append(function()), daemon=True)
-    thread.start()
-    thread.join(10)
-    assert returned, "it hangs" if thread.is_alive() else "it failed"
-    return returned[0]
-
-
-def settles(condition: Callable[[], bool]) -> bool:
-    """Wait for something that other threads are about to make true."""
-    end = time.monotonic() + 10
-    while not condition() and time.monotonic() < end:
-        threading.Event().wait(0.001)
-    return condition()
-
-
-INTERRUPTED: dict[str, Callable[[BoxerClient, Path], Any]] = {
-    "a run": lambda client, _: client.run("image", ["true"]),
-    "a run on a kept connection": lambda client, _: client.run("image", ["true"]),
-    "a run over TLS": lambda client, _: client.run("image", ["true"]),
-    "a run that is tried again": lambda client, _: client.run("image", [os.urandom(8).hex()]),
-    "an upload": lambda client, _: client.upload_file("a.txt", io.BytesIO(bytes(MIB // 2))),
-    "a download": lambda client, _: client.download_file("a.txt"),
-    "a folder": lambda client, folder: client.upload_path(folder),
-}
-
-
-# A socket that is interrupted while it is made is nobody's: it warns when it is collected.
-@pytest.mark.filterwarnings(r"ignore:unclosed <socket.socket .*laddr=\('0.0.0.0', 0\)>:ResourceWarning")
-@pytest.mark.parametrize("what", INTERRUPTED)
-def test_a_client_stays_whole_wherever_a_call_is_interrupted(
-    ca: trustme.CA, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    show = sys.unraisablehook  # what interrupts a destructor is lost, and this is told of it
-    monkeypatch.setattr(sys, "unraisablehook", lambda it: it.exc_type is KeyboardInterrupt or show(it))
-    lost_once: set[bytes] = set()
-
-    def respond(request: Received) -> list[bytes]:
-        if "/healthz" in request.line:
-            return [WELL if "kept" in what else WELL_AND_BYE]
-        if "again" in what and request.body not in lost_once:
-            lost_once.add(request.body)
-            return [failing(BROKEN, RACES[0])]
-        return [RAN if "/run" in request.line else STORED if "POST" in request.line else raw(IN_CHUNKS, body=chunks(5))]
-
-    # Threads of the standard library's are not whole wherever they are interrupted.
-    within = boxer.__file__ if what == "a folder" else ""
-    is_tls, numbers = "TLS" in what, itertools.count()
-    with Frail(respond, serving(ca) if is_tls else None) as host:
-        url = f"http{'s' if is_tls else ''}://{host.authority}"
-        with BoxerClient(url, max_connections=1, ssl_context=trusting(ca) if is_tls else None) as client:
-            INTERRUPTED[what](client, folder)
-            open_before = len(open_descriptors())
-            while interrupted(next(numbers), lambda: INTERRUPTED[what](client, folder), within):
-                assert in_time(client.health)
-                assert settles(lambda: len(open_descriptors()) <= open_before), "a connection is left open"
-
-
-def test_a_folder_may_be_interrupted_while_a_thread_of_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a thread has not told anybody yet that it has begun, which threads of Python do by an Event."""
-    main, interrupting, tell = threading.get_ident(), threading.Lock(), threading.Event.set
-
-    def tell_late(event: threading.Event) -> None:
-        with contextlib.nullcontext() if threading.get_ident() == main else interrupting:
-            tell(event)
-
-    def be_interrupted(_: threading.Event, timeout: float | None = None) -> bool:
-        end = time.monotonic() + 10
-        while not any(thread.ident and not thread.is_alive() for thread in threading.enumerate()):
-            assert time.monotonic() < end, "no thread starts"
-        raise KeyboardInterrupt
-
-    with Peer([]) as peer, BoxerClient(peer.url) as client, monkeypatch.context() as patch, interrupting:
-        patch.setattr(threading.Event, "set", tell_late)
-        patch.setattr(threading.Event, "wait", be_interrupted)
+    script: list[list[Any]] = [
+        [Do.REQUEST, lambda _: has_come.set(), lambda _: may_end.wait(30), RAN, Do.REQUEST, WELL]
+    ]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(2) as executor:
+        first = executor.submit(do, client, RUN_IT)
+        assert has_come.wait(30)
         with pytest.raises(KeyboardInterrupt):
-            client.upload_path(folder)
-
-
-@pytest.mark.filterwarnings(r"ignore:unclosed <socket.socket .*laddr=\('0.0.0.0', 0\)>:ResourceWarning")
-def test_a_client_can_be_closed_again_after_a_close_that_was_interrupted() -> None:
-    with Host(lambda _: [WELL]) as host:
-        for number in itertools.count():
-            client = BoxerClient(host.url)
-            assert client.health()
-            was_interrupted = interrupted(number, client.close)
-            client.close()
-            if not was_interrupted:
-                break
-
-
-class Alarm(logging.Handler):
-    """Rings when something is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.has_rung = threading.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.has_rung.set()
-
-
-@pytest.fixture
-def is_pausing() -> Iterator[threading.Event]:
-    """Tell when a call pauses before another try, which it says in the log."""
-    alarm, log = Alarm(), logging.getLogger("boxer")
-    log.addHandler(alarm)
-    yield alarm.has_rung
-    log.removeHandler(alarm)
+            wait_for_turn()
+        is_over.set()
+        may_end.set()
+        assert first.result() == RESULT
+        assert in_time(client.health)
 
 
 def test_a_call_can_be_broken_off_while_it_pauses(
@@ -6612,44 +6553,165 @@ def test_a_call_can_be_broken_off_while_it_pauses(
                 client.run("image", ["true"])
             is_over.set()
             interrupting.join()
+            assert in_time(client.health)
         else:
             run = client.client.run("image", ["true"])
             with pytest.raises(asyncio.CancelledError):
                 client.loop.run_until_complete(break_off("cancel", run, lambda: is_pausing.wait(30)))
+            assert client.health()
+
+
+# Calls that end in the middle of something of the user's
+
+
+class Ending(Unseekable):
+    """Content whose read ends the call in some way, once some of it was read."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(bytes(2 * MIB))
+        self.error = error
+
+    def read(self, size: int = -1) -> bytes:
+        if size and self._content.tell() >= MIB:
+            raise self.error
+        return super().read(size)
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), OSError(5, "o"), ConnectionResetError("c"), GeneratorExit()])
+def test_a_file_that_fails_gives_back_its_turn_and_its_connection_is_closed(
+    client_of: Clients, error: BaseException
+) -> None:
+    is_gone = threading.Event()
+    with Peer([[Do.HEAD, Do.DRAIN, lambda _: is_gone.set()], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url, max_connections=1)
+        with pytest.raises(type(error)) as caught:
+            client.upload_file("a.txt", Ending(error))
+        assert caught.value is error
+        assert is_gone.wait(30)
         assert client.health()
 
 
-# Closing a client during these: what it was asked before, the calls that go on.
+def test_a_file_that_is_a_socket_s_fails_with_its_own_error(client_of: Clients) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as file, Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
+        ours.settimeout(0.2)
+        client = client_of(peer.url, max_connections=1)
+        with pytest.raises(OSError, match="timed out") as caught:
+            client.upload_file("a.txt", file)
+        assert not isinstance(caught.value, BoxerError)
+        assert client.health()
+
+
+@types.coroutine
+def abandoning(coroutine: Any, number: int) -> Generator[Any, Any, bool]:
+    """Carry out a coroutine, and close it when it waits for the n-th time; return False if it ends before."""
+    step = functools.partial(coroutine.send, None)
+    for waits in itertools.count():
+        try:
+            awaited = step()
+        except StopIteration:
+            return False
+        if waits == number:
+            coroutine.close()
+            return True
+        try:
+            step = functools.partial(coroutine.send, (yield awaited))
+        except BaseException as error:  # noqa: BLE001 - it is for the coroutine to see
+            step = functools.partial(coroutine.throw, error)
+    raise AssertionError
+
+
+ABANDONED: dict[str, Callable[[AsyncBoxerClient], Any]] = {
+    "a run": lambda client: client.run("image", ["true"]),
+    "a file": lambda client: client.upload_file("a.txt", io.BytesIO(b"content")),
+}
+
+
+@pytest.mark.parametrize("what", ABANDONED)
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_a_call_can_be_abandoned_whenever_it_waits(ca: trustme.CA, is_tls: bool, what: str) -> None:
+    """As a coroutine is that nobody awaits any more: it is closed, and cannot wait for anything then."""
+
+    async def main() -> int:
+        async with AsyncBoxerClient(url, max_connections=1, ssl_context=trusting(ca)) as client:
+            for number in itertools.count():
+
+                async def call() -> bool:
+                    return await abandoning(ABANDONED[what](client), number)  # noqa: B023 - it is awaited at once
+
+                is_abandoned = await asyncio.wait_for(call(), 30)
+                assert await asyncio.wait_for(client.health(), 30)
+                if not is_abandoned:
+                    return number
+        raise AssertionError
+
+    def respond(request: Received) -> list[bytes]:
+        return [WELL_AND_BYE if "/healthz" in request.line else RAN if "/run" in request.line else STORED]
+
+    with Frail(respond, serving(ca) if is_tls else None) as host:
+        url = f"http{'s' if is_tls else ''}://{host.authority}"
+        assert asyncio.run(main()) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: closing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_is_closed_by_with_and_can_be_closed_twice(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with Peer.answering(WELL) as peer, client_of(peer.url) as client:
+        assert client.health()
+    client.close()
+    for method, args in [("health", ()), *EVERY_METHOD, ("upload_path", (tmp_path,))]:
+        with pytest.raises(RuntimeError, match=r"BoxerClient\('http://127.0.0.1:[0-9]+'\) is closed"):
+            getattr(client, method)(*args)
+    with pytest.raises(RuntimeError, match="is closed"), client:
+        pass
+
+
+@pytest.mark.parametrize("is_in_a_cycle", [False, True], ids=["", "in a cycle"])
+def test_a_client_that_was_never_closed_warns_and_leaves_nothing(client_of: Clients, is_in_a_cycle: bool) -> None:
+    with Peer.answering(WELL) as peer:
+        made = [client_of.cls(peer.url)]
+        made[0].itself = made[0] if is_in_a_cycle else None
+        health = made[0].health()
+        assert (health if client_of.kind == "sync" else client_of.loop.run_until_complete(health)) is True
+        with pytest.warns(ResourceWarning, match=rf"^unclosed {client_of.cls.__name__}\('{peer.url}'\)$"):
+            drop(made)
+
+
+def test_a_client_that_is_dropped_with_a_call_that_ends_with_its_loop_warns_and_leaves_nothing() -> None:
+    waiting = threading.Event()
+
+    async def main() -> None:
+        client = AsyncBoxerClient(peer.url)
+        calls.append(asyncio.ensure_future(client.run("image", ["true"])))
+        await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 30)
+
+    def begin_and_drop() -> None:
+        asyncio.run(main())
+        assert calls[0].cancelled()
+        drop(calls)
+
+    calls: list[Any] = []
+    unclosed = pytest.warns(ResourceWarning, match=r"^unclosed AsyncBoxerClient\('http://127.0.0.1:[0-9]+'\)$")
+    with Peer([[Do.REQUEST, lambda _: waiting.set(), Do.GONE]]) as peer, unclosed:
+        begin_and_drop()
+
+
+def test_a_client_that_could_not_be_made_does_not_warn(client_of: Clients) -> None:
+    with pytest.raises(BoxerValidationError):
+        client_of.cls("nowhere")
+
+
+# Calls that go on when their client is closed. GET_HEALTH comes before them, and leaves a kept connection.
 IN_FLIGHT: dict[str, list[Call]] = {
     "a run": [RUN_IT],
     "a download on a kept connection": [GET_HEALTH, DOWNLOAD],
     "an upload": [LARGE],
     "calls that wait for a connection": [RUN_IT, RUN_IT, DOWNLOAD],
 }
-
-
-def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausing: threading.Event) -> None:
-    is_over, faults = threading.Event(), list[str]()
-
-    def watch() -> None:
-        if not is_over.wait(4):
-            faults.append("it waits")
-
-    def tell() -> None:
-        is_pausing.wait(30)
-        waiting.set()
-        watching.start()
-
-    with Host(lambda _: [failing("429 Slow Down", Retry_After="6")]) as host:
-        client, waiting, watching = client_of(host.url), threading.Event(), threading.Thread(target=watch)
-        telling = threading.Thread(target=tell)
-        telling.start()
-        ended = closed_meanwhile(client, [RUN_IT], waiting)
-        is_over.set()
-        telling.join()
-        watching.join()
-        assert [type(error) for error in ended] == [BoxerConnectionError]
-    assert not faults
 
 
 @pytest.mark.parametrize("name", IN_FLIGHT)
@@ -6692,6 +6754,95 @@ def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -
         waiting.wait(30)
         client.close()
         return [future.exception() for future in futures]
+
+
+def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausing: threading.Event) -> None:
+    is_over, faults = threading.Event(), list[str]()
+
+    def watch() -> None:
+        if not is_over.wait(4):
+            faults.append("it waits")
+
+    def tell() -> None:
+        is_pausing.wait(30)
+        waiting.set()
+        watching.start()
+
+    with Host(lambda _: [failing("429 Slow Down", Retry_After="6")]) as host:
+        client, waiting, watching = client_of(host.url), threading.Event(), threading.Thread(target=watch)
+        telling = threading.Thread(target=tell)
+        telling.start()
+        ended = closed_meanwhile(client, [RUN_IT], waiting)
+        is_over.set()
+        telling.join()
+        watching.join()
+        assert [type(error) for error in ended] == [BoxerConnectionError]
+    assert not faults
+
+
+def test_closing_a_client_ends_the_pause_of_its_call_at_once(client_of: Clients, is_pausing: threading.Event) -> None:
+    """As the log tells, the pause has begun, or is about to."""
+    with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600")]) as host:
+        client = client_of(host.url, timeout=None)
+        (ended,) = closed_meanwhile(client, [RUN_IT], is_pausing)
+        assert is_expected(ended, lost("the client was closed"))
+        assert ended.request_sent, "the try before the pause has been"
+    assert host.connections == 1
+
+
+def test_closing_a_client_ends_an_attempt_to_connect_at_once(client_of: Clients) -> None:
+    with never_accepting() as listener:
+        client = client_of(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=None)
+        connecting = threading.Event()
+        connecting.set()
+        (ended,) = closed_meanwhile(client, [RUN_IT], connecting)
+        assert is_expected(ended, lost("closed"))
+
+
+def test_closing_a_client_ends_an_upload_whose_file_is_being_read() -> None:
+    can_be_read, is_read = threading.Event(), threading.Event()
+
+    class Telling(Waiting):
+        def read(self, size: int = -1) -> bytes:
+            if size:
+                is_read.set()
+            return super().read(size)
+
+    async def main() -> None:
+        client: Any = AsyncBoxerClient(peer.url)
+        call = asyncio.ensure_future(client.upload_file("a.txt", Telling(can_be_read)))
+        await asyncio.get_running_loop().run_in_executor(None, is_read.wait, 30)
+        await client.aclose()
+        with pytest.raises(BoxerConnectionError, match="client"):
+            await call
+        can_be_read.set()
+
+    with Peer([[Do.HEAD, Do.DRAIN]]) as peer:
+        asyncio.run(main())
+
+
+def test_a_close_does_not_wait_so_that_it_cannot_be_cancelled_half_way() -> None:
+    is_over, waiting = threading.Event(), threading.Semaphore(0)
+
+    def respond(request: Received) -> list[Any]:
+        return [waiting.release, lambda: is_over.wait(30), Do.FIN] if "/run" in request.line else [WELL]
+
+    async def main() -> None:
+        client = AsyncBoxerClient(host.url)
+        run = asyncio.ensure_future(client.run("image", ["true"]))
+        assert await client.health()
+        await asyncio.get_running_loop().run_in_executor(None, waiting.acquire)
+        with pytest.raises(StopIteration):
+            client.aclose().send(None)  # as a task does, for each of its steps
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.health()
+        await client.aclose()
+        with pytest.raises(BoxerConnectionError):
+            await asyncio.wait_for(run, 30)
+
+    with Host(respond) as host:
+        asyncio.run(main())
+        is_over.set()
 
 
 SILENT: dict[str, Call] = {"run": RUN_IT, "download": DOWNLOAD, "upload": upload(io.BytesIO(b"content"))}
@@ -6742,62 +6893,6 @@ def test_a_task_that_is_about_to_wait_ends_at_once_when_the_client_is_closed(wha
     with Host(lambda _: [*ABOUT_TO_WAIT[what], tell.pop()]) as host:
         for rounds in range(6):
             asyncio.run(main(rounds))
-
-
-def test_a_call_that_is_cancelled_as_its_answer_comes_is_cancelled() -> None:
-    """The loop finds the answer, and before that a task that cancels the call."""
-    arrived, is_blocked, answered = threading.Event(), threading.Event(), threading.Event()
-
-    async def main() -> None:
-        async with AsyncBoxerClient(host.url, max_connections=1) as client:
-            call = asyncio.ensure_future(client.run("image", ["true"]))
-            await asyncio.get_running_loop().run_in_executor(None, arrived.wait, 30)
-            is_blocked.set()
-            answered.wait(30)
-            await asyncio.sleep(0)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            assert await client.health()
-
-    def respond(request: Received) -> list[Any]:
-        return [WELL] if "/healthz" in request.line else [arrived.set, lambda: is_blocked.wait(30), RAN, answered.set]
-
-    with Host(respond) as host:
-        asyncio.run(main())
-
-
-def test_closing_a_client_ends_its_calls_in_the_loops_of_other_threads() -> None:
-    arrived, is_over = threading.Event(), threading.Event()
-    with Frail(lambda _: [arrived.set, lambda: is_over.wait(30)]) as host, ThreadPoolExecutor(1) as executor:
-        client = AsyncBoxerClient(host.url, timeout=None)
-        call = executor.submit(lambda: asyncio.run(client.run("image", ["true"])))
-        arrived.wait(30)
-        asyncio.run(client.aclose())
-        with pytest.raises(BoxerConnectionError, match="broken off"):
-            call.result(30)
-        is_over.set()
-
-
-def test_a_folder_whose_threads_cannot_be_had_is_an_error_and_leaves_none(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = threading.Thread.start
-    started: list[threading.Thread] = []
-
-    def start_one(thread: threading.Thread) -> None:
-        if started:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
-
-    with Frail(lambda _: [STORED]) as host, BoxerClient(host.url) as client:
-        client.upload_path(folder / "a.txt")
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start_one)
-            with pytest.raises(RuntimeError, match="can't start"):
-                client.upload_path(folder)
-        assert not started[0].is_alive()
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -6851,6 +6946,32 @@ def test_a_call_of_a_thread_ends_at_once_wherever_it_is_when_the_client_is_close
     assert number > 10
 
 
+def test_closing_a_client_ends_its_calls_in_the_loops_of_other_threads() -> None:
+    arrived, is_over = threading.Event(), threading.Event()
+    with Frail(lambda _: [arrived.set, lambda: is_over.wait(30)]) as host, ThreadPoolExecutor(1) as executor:
+        client = AsyncBoxerClient(host.url, timeout=None)
+        call = executor.submit(lambda: asyncio.run(client.run("image", ["true"])))
+        arrived.wait(30)
+        asyncio.run(client.aclose())
+        with pytest.raises(BoxerConnectionError, match="closed"):
+            call.result(30)
+        is_over.set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: threads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_take_turns_at_few_connections_all_get_theirs(hasty_threads: None) -> None:
+    with (
+        Host(lambda _: [RAN]) as host,
+        BoxerClient(host.url, max_connections=2) as client,
+        ThreadPoolExecutor(16) as some,
+    ):
+        assert {*some.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
+
+
 def test_threads_with_loops_of_their_own_do_not_disturb_each_other_when_they_leave_loops_behind(
     hasty_threads: None,
 ) -> None:
@@ -6869,34 +6990,9 @@ def test_threads_with_loops_of_their_own_do_not_disturb_each_other_when_they_lea
         asyncio.run(client.aclose())
 
 
-def test_what_was_sent_is_let_go_of(client_of: Clients) -> None:
-    content = bytearray(b"content")
-    with Host(lambda _: [STORED]) as host:
-        client = client_of(host.url)
-        client.upload_file("a.txt", content)
-        content.extend(b"!")  # a BufferError if anything still looks at it
-
-
-@pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Let threads take turns as often as they can."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def test_threads_that_take_turns_at_few_connections_all_get_theirs(hasty_threads: None) -> None:
-    with (
-        Host(lambda _: [RAN]) as host,
-        BoxerClient(host.url, max_connections=2) as client,
-        ThreadPoolExecutor(16) as some,
-    ):
-        assert {*some.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
-
-
-# Forks and loops
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: forks
+# ---------------------------------------------------------------------------------------------------------------------
 
 FORKING = """
 import asyncio, multiprocessing, os, sys, threading, traceback
@@ -6964,30 +7060,6 @@ with BoxerClient() as client:
     in_child(lambda: (check(client, "child"), in_child(check, client, "grandchild"), check(client, "child")))
     check(client, "parent")
 """, 3),
-    "the child begins with two threads": ("""
-def begin():
-    first, second = (threading.Thread(target=check, args=(client, name)) for name in ("slow", "go on"))
-    process, is_late, other = os.getpid(), threading.Event(), BoxerClient()
-    check(other, "child")
-
-    def getpid():
-        if threading.current_thread() is second and not is_late.is_set():
-            is_late.set()
-            check(other, "once 1 wait")  # the first thread has its connection
-        return process
-
-    os.getpid = getpid
-    second.start()
-    is_late.wait()
-    first.start()
-    first.join(20)
-    assert not first.is_alive()
-    second.join()
-
-with BoxerClient() as client:
-    check(client, "parent")
-    in_child(begin)
-""", 4),
     "there are calls in other threads": ("""
 with BoxerClient() as client:
     threads = [threading.Thread(target=check, args=(client, f"slow {n}")) for n in range(4)]
@@ -7067,6 +7139,258 @@ def test_after_a_fork_neither_process_touches_the_connections_of_the_other(tmp_p
     assert host.connections == connections
 
 
+FORKING_INSIDE = """
+import atexit, os, signal, sys
+from boxer import BoxerClient
+
+def fork(*_):
+    if os.fork() == 0:
+        atexit.register(lambda: open("gone", "x").close())
+        raise SystemExit  # out of the call, as if it were the parent
+
+signal.signal(signal.SIGUSR1, fork)
+with BoxerClient(sys.argv[1]) as client:
+    print(client.run("image", [str(os.getpid())]).stdout, end="")
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_that_is_forked_inside_a_call_leaves_its_connection_to_the_parent(tmp_path: Path) -> None:
+    def respond(request: Received) -> list[Any]:
+        os.kill(int(request.json["cmd"][0]), signal.SIGUSR1)
+        return [RAN] if settles((tmp_path / "gone").exists) else [Do.FIN]
+
+    with Host(respond) as host:
+        assert program_beside_boxer(tmp_path, FORKING_INSIDE, host.url) == RUN["stdout"]
+
+
+CALLS_OF_EVERY_KIND = """
+import asyncio, io, logging, os, sys
+from boxer import AsyncBoxerClient, BoxerClient, BoxerError
+
+def calls(client):
+    yield lambda: client.run("image", ["true"])
+    yield lambda: client.run("image", ["true"])
+    yield lambda: client.upload_file("a.txt", io.BytesIO(b"content"))
+    yield lambda: client.upload_path("folder")
+    yield lambda: client.download_file("a.txt")
+    yield client.health
+
+def call_all(url):
+    with BoxerClient(url) as client:
+        before = set(sys.modules)
+        for call in calls(client):
+            try:
+                call()
+            except BoxerError as error:
+                str(error)
+    return set(sys.modules) - before
+
+async def call_all_async(url):
+    async with AsyncBoxerClient(url) as client:
+        before = set(sys.modules)
+        for call in calls(client):
+            try:
+                await call()
+            except BoxerError as error:
+                str(error)
+    return set(sys.modules) - before
+
+logging.getLogger("boxer").addHandler(logging.NullHandler())
+kind, url = sys.argv[1:]
+print(*(call_all(url) if kind == "sync" else asyncio.run(call_all_async(url))))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_calls_import_nothing_so_that_a_fork_can_come_at_any_time(tmp_path: Path, kind: str) -> None:
+    """A child that is forked while another thread imports what it needs too would wait for ever."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("content")
+    page = answer(b"<h1>&eacute;</h1>", status="502 Bad Gateway", Content_Type="text/html")
+    answers = [failing("503 Wait", Retry_After="Wed, 25 Nov 2020 14:04:20 GMT"), RAN, page]
+
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [answers.pop(0)]
+        return [STORED if "POST" in request.line else WELL]
+
+    with Host(respond) as host:
+        assert program_beside_boxer(tmp_path, CALLS_OF_EVERY_KIND, kind, host.url) == "\n"
+    assert not answers
+
+
+SPAWNING = """
+import asyncio, multiprocessing
+from boxer import AsyncBoxerClient, BoxerAPIError, BoxerClient
+
+def health(client):
+    with client:
+        return client.health()
+
+async def health_async(client):
+    async with client:
+        return await client.health()
+
+def in_a_loop(client):
+    return asyncio.run(health_async(client))
+
+def fail():
+    with BoxerClient() as client:
+        client.run("image", ["true"])
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for client, function in (BoxerClient(), health), (AsyncBoxerClient(), in_a_loop):
+            copy = pool.apply(function, (client,))
+            assert copy is True and function(client)  # which uses the client, and closes it
+            assert pool.apply(function, (client,))  # and its copy is open again
+        try:
+            pool.apply(fail)
+        except BoxerAPIError as error:
+            assert (str(error), error.status_code) == ("no", 400)
+        pool.close()
+        pool.join()
+"""
+
+
+def test_a_client_and_an_error_can_be_sent_to_a_process_that_was_spawned(tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    with Host(lambda request: [failing("400 Bad Request") if "/run" in request.line else WELL]) as host:
+        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        program = [sys.executable, "-W", "error", "spawning.py"]
+        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Forks: who holds a connection, and who is who
+
+KILLED = """
+import asyncio, os, sys, threading
+from boxer import AsyncBoxerClient, BoxerClient
+
+def fork_and_wait():
+    if os.fork() == 0:
+        os.write(1, b"c")  # the child lives
+        os.read(0, 1)  # until its standard input is closed
+        os._exit(0)
+    threading.Event().wait()
+
+def main(url):
+    client = BoxerClient(url)
+    threading.Thread(target=client.run, args=("image", ["true"]), daemon=True).start()
+    os.read(0, 1)  # the run has begun
+    client.health()
+    fork_and_wait()
+
+async def main_async(url):
+    client = AsyncBoxerClient(url)
+    run = asyncio.ensure_future(client.run("image", ["true"]))
+    await asyncio.get_running_loop().run_in_executor(None, os.read, 0, 1)
+    await client.health()
+    fork_and_wait()
+
+kind, url = sys.argv[1:]
+main(url) if kind == "sync" else asyncio.run(main_async(url))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_killed_parent_s_connections_end_even_if_a_child_of_its_lives(tmp_path: Path, kind: str) -> None:
+    are_gone = threading.Semaphore(0)
+
+    def tell_the_program(_: Any) -> None:
+        program.stdin.write(b"!")
+        program.stdin.flush()
+
+    gone: list[Any] = [Do.GONE, lambda _: are_gone.release(), Do.FIN]
+    with Peer([[Do.REQUEST, tell_the_program, *gone], [Do.REQUEST, WELL, *gone]]) as peer:
+        shutil.copy(boxer.__file__, tmp_path)
+        line = [sys.executable, "-E", "-S", "-W", "ignore", "-c", KILLED, kind, peer.url]
+        program: Any = subprocess.Popen(line, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with program:
+            assert program.stdout.read(1) == b"c"
+            program.kill()
+            assert are_gone.acquire(timeout=10) and are_gone.acquire(timeout=10)
+            program.stdin.close()
+            assert program.stdout.read() == b""  # the child has ended
+
+
+NAMESAKES: dict[str, str] = {
+    "a process id that never changes": """
+import os
+os.getpid = lambda: 1
+def part():
+    pass
+""",
+    "a namespace of process ids for each": """
+import ctypes
+def part():
+    assert os.getpid() == 1
+    assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID: the next child is the first in it
+""",
+}
+FORKING_NAMESAKES: dict[str, str] = {
+    "sync": """
+with BoxerClient(sys.argv[1]) as client:
+    check(client, "parent")
+    part()
+    in_child(lambda: (check(client, "child"), check(client, "child again"), print(os.getpid(), flush=True)))
+    check(client, "parent again")
+    print(os.getpid())
+""",
+    "async": """
+async def child(client):
+    async with client:
+        await check_async(client, "child")
+        await check_async(client, "child again")
+    print(os.getpid(), flush=True)
+
+client, loop = AsyncBoxerClient(sys.argv[1]), asyncio.new_event_loop()
+loop.run_until_complete(check_async(client, "parent"))
+part()
+in_child(lambda: asyncio.run(child(client)))
+loop.run_until_complete(check_async(client, "parent again"))
+loop.run_until_complete(client.aclose())
+loop.close()
+print(os.getpid())
+""",
+}
+
+
+@functools.cache
+def can_make_namespaces() -> bool:
+    program = ["unshare", "--fork", "--pid", "unshare", "--fork", "--pid", "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(program, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("kind", FORKING_NAMESAKES)
+@pytest.mark.parametrize("how", NAMESAKES)
+def test_a_parent_and_a_child_of_one_process_id_have_their_own_connections_and_answers(
+    tmp_path: Path, how: str, kind: str
+) -> None:
+    def respond(request: Received) -> list[Any]:
+        return [answer(urllib.parse.unquote(request.line.split("path=")[1].rpartition(" ")[0]))]
+
+    is_real = "namespace" in how
+    if is_real and not can_make_namespaces():
+        pytest.skip("this user cannot make a namespace of process ids")
+    with Host(respond) as host:
+        code = NAMESAKES[how] + FORKING + FORKING_NAMESAKES[kind]
+        under = ["unshare", "--fork", "--pid"] if is_real else []
+        printed = program_beside_boxer(tmp_path, code, host.url, under=under)
+    assert printed == "1\n1\n"
+    assert host.connections == 2 and len(host.seen) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of calls", "two rows of calls"])
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_a_client_may_be_used_in_one_event_loop_after_another(at_once: int, rows: int) -> None:
@@ -7110,370 +7434,134 @@ def test_two_event_loops_at_once_get_their_own_answers_or_are_told_that_they_can
         asyncio.run(client.aclose())
 
 
-# TLS
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_loop_that_was_closed_under_a_client_is_left_behind(caplog: pytest.LogCaptureFixture, calls: int) -> None:
+    waiting, is_over = threading.Semaphore(0), threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [waiting.release, lambda: is_over.wait(30), Do.FIN]
+
+    async def begin() -> None:
+        loop = asyncio.get_running_loop()
+        assert await client.health()
+        tasks.extend(asyncio.ensure_future(client.run("image", ["true"])) for _ in range(calls))
+        for _ in range(min(calls, 1)):
+            await loop.run_in_executor(None, waiting.acquire)
+        await loop.shutdown_default_executor()
+
+    async def go_on() -> None:
+        assert await client.health()
+        await client.aclose()
+
+    tasks: list[Any] = []
+    with Host(respond) as host, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
+        client = AsyncBoxerClient(host.url, max_connections=1)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        asyncio.run(go_on())
+        drop(tasks)
+        is_over.set()
+    assert host.connections == 2
+    assert [record.getMessage()[:18] for record in caplog.records] == ["Task was destroyed"] * calls
+    caplog.clear()
 
 
-def test_every_call_works_over_tls(client_of: Clients, ca: trustme.CA) -> None:
-    content, seen = os.urandom(8 * MIB), {}
-
-    def respond(request: Received) -> list[bytes]:
-        seen[request.line] = request
-        return [answer(content) if "GET" in request.line else RAN if "/run" in request.line else STORED]
-
-    with Host(respond, context=serving(ca)) as host:
-        client = client_of(host.url, ssl_context=trusting(ca))
-        for source in (content, io.BytesIO(content), Unseekable(content)):
-            client.upload_file("a.txt", source)
-            assert content in seen["POST /files HTTP/1.1"].content
-        assert do(client, BIG_RUN) == RESULT
-        assert seen["POST /run HTTP/1.1"].json["env"] == ["BIG=" + "x" * 8 * MIB]
-        assert client.download_file("a.txt") == content
-        assert gather(client, [DOWNLOAD] * 4) == [content] * 4
-    assert host.connections <= 5
-
-
-def test_an_answer_that_comes_with_the_end_of_the_handshake_is_not_left_lying(
-    client_of: Clients, ca: trustme.CA
+@pytest.mark.parametrize("call_that", ["pauses", "connects"])
+def test_a_loop_that_was_closed_under_a_call_hurts_no_other(
+    caplog: pytest.LogCaptureFixture, call_that: str, is_pausing: threading.Event
 ) -> None:
-    """Before TLS 1.3, it is the server's to end it: nothing more comes that could tell of the answer."""
-    context = serving(ca)
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-
-    def refuse(sock: Any) -> None:
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(incoming, outgoing, server_side=True)
-        is_done = False
-        while not is_done:
-            try:
-                tls.do_handshake()
-                tls.write(failing("503 Service Unavailable", "too many"))
-                is_done = True
-            except ssl.SSLWantReadError:
-                pass
-            sock.sendall(outgoing.read())
-            incoming.write(b"" if is_done else sock.recv(65536))
-
-    with Peer([[refuse, Do.DRAIN]]) as peer:
-        client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
-        assert is_expected(outcome(client, RUN_IT), refusal(503, "too many"))
-
-
-def test_a_client_may_have_a_certificate(client_of: Clients, ca: trustme.CA) -> None:
-    private = trustme.CA()
-    context = serving(ca, clients=private)
-    with Host(lambda _: [RAN], context=context) as host:
-        with_one = client_of(host.url, ssl_context=trusting(ca, private.issue_cert("client@boxer.test")))
-        assert with_one.run("image", ["true"]) == RESULT
-    with Peer([[]], context=context) as peer:
-        without = client_of(peer.url, ssl_context=trusting(ca), retries=0)
-        assert is_expected(outcome(without, RUN_IT), lost(peer.authority))
-
-
-def self_signed(ca: trustme.CA, folder: Path) -> ssl.SSLContext:
-    (folder / "pem").write_bytes(ca.private_key_pem.bytes() + ca.cert_pem.bytes())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "pem")
-    return context
-
-
-YEARS = dt.timedelta(days=1000)
-NOW = dt.datetime.now(dt.timezone.utc)
-# What a server shows that is to be boxer.test, in vain; True: even to a client that trusts in its CA.
-CERTIFICATES: dict[str, tuple[Callable[[trustme.CA, Path], ssl.SSLContext], bool]] = {
-    "expired": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW - 2 * YEARS, not_after=NOW - YEARS), True),
-    "not yet valid": (lambda ca, _: serving(ca, "boxer.test", not_before=NOW + YEARS, not_after=NOW + 2 * YEARS), True),
-    "of another host": (lambda ca, _: serving(ca, "other.test"), True),
-    "of the hosts below": (lambda ca, _: serving(ca, "*.boxer.test"), True),
-    "of its address": (lambda ca, _: serving(ca, "127.0.0.1"), True),
-    "of another CA": (lambda _, __: serving(trustme.CA(), "boxer.test"), True),
-    "of no CA": (lambda _, folder: self_signed(trustme.CA(), folder), True),
-    "of a CA nobody was told of": (lambda ca, _: serving(ca, "boxer.test"), False),
-    "of no CA, by default": (lambda _, folder: self_signed(trustme.CA(), folder), False),
-}
-
-
-@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
-@pytest.mark.parametrize("name", CERTIFICATES)
-def test_a_certificate_that_does_not_hold_is_refused_and_not_tried_again(
-    client_of: Clients, clock: Clock, setenv: Any, ca: trustme.CA, tmp_path: Path, name: str, is_proxied: bool
-) -> None:
-    context, is_trusting = CERTIFICATES[name]
-    with Frail(lambda _: [RAN], context(ca, tmp_path), is_proxied) as host:
-        if is_proxied:
-            setenv("https_proxy", f"http://{host.authority}")
-        client = client_of(f"https://boxer.test:{host.port}", ssl_context=trusting(ca) if is_trusting else None)
-        error = outcome(client, RUN_IT)
-        assert is_expected(error, lost(f":{host.port}: TLS failed")) and not error.request_sent
-        assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
-    assert (host.connections, host.seen, clock.pauses) == (1, [], [])
-
-
-ADDRESSES = [("127.0.0.1", "127.0.0.2"), ("127.0.0.1", "localhost"), ("::1", "127.0.0.1")]
-
-
-@pytest.mark.parametrize(("address", "other"), ADDRESSES)
-def test_a_certificate_has_to_be_of_the_address_that_is_in_the_url(
-    client_of: Clients, ca: trustme.CA, address: str, other: str
-) -> None:
-    with Peer.answering(RAN, host=address, context=serving(ca, address)) as peer:
-        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
-    with Peer([[]], host=address, context=serving(ca, other)) as peer:
-        assert is_expected(outcome(client_of(peer.url, ssl_context=trusting(ca)), RUN_IT), lost("TLS failed"))
-
-
-def test_a_context_of_a_server_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
-    with Peer([[]], context=serving(ca)) as peer:
-        client = client_of(peer.url, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), retries=0)
-        assert is_expected(outcome(client, RUN_IT), lost("TLS failed"))
-
-
-def test_without_an_ssl_context_the_cas_of_the_system_are_trusted(
-    client_of: Clients, ca: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "pem").write_bytes(ca.cert_pem.bytes())
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
-    with Peer.answering(RAN, context=serving(ca)) as peer:
-        assert client_of(peer.url).run("image", ["true"]) == RESULT
-
-
-def test_an_ssl_context_makes_no_tls_of_http(client_of: Clients, ca: trustme.CA) -> None:
-    with Peer.answering(RAN) as peer:
-        assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
-
-
-def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
-    for said in (failing("400 Bad Request"), b"", b"\x16\x03\x01"):
-        with Peer([[said, Do.HALF_CLOSE, Do.DRAIN]]) as peer:
-            client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
-            error = outcome(client, RUN_IT)
-            assert is_expected(error, lost(peer.authority)) and not error.request_sent
-    with Peer([[Do.DRAIN]]) as peer:
-        client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), timeout=0.2)
-        assert is_expected(outcome(client, RUN_IT), (BoxerTimeoutError, 0, "0.2 s"))
-    with Peer([[]], context=serving(ca)) as peer:
-        error = outcome(client_of(peer.url.replace("https:", "http:"), retries=0), RUN_IT)
-        assert is_expected(error, lost(peer.authority))
-
-
-# Where an answer is cut off, and what comes of it if TLS ends properly, and if not.
-TLS_ENDS: dict[str, tuple[bytes, Any, Any]] = {
-    "nowhere": (answer("abc", Connection="close"), b"abc", b"abc"),
-    "content that ends with the connection": (raw(body=b"abc"), b"abc", lost("after 3 bytes")),
-    "content of a length": (answer("abcd")[:-1], lost("after 3 bytes"), lost("after 3 bytes")),
-    "chunks": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n"), lost("after 3 bytes"), lost("after 3 bytes")),
-    "the last chunk": (raw(IN_CHUNKS, body=b"3\r\nabc\r\n0\r\n"), lost("after 3 bytes"), lost("after 3 bytes")),
-    "the head": (raw()[:-2], lost("within the head"), lost("within the head")),
-    "the beginning": (b"", lost("before an answer"), lost("before an answer")),
-}
-
-
-def cut_off(inside: ssl.SSLContext, said: bytes, end: str) -> Callable[[Any], None]:
-    """Return a step that says something over TLS in answer to a request, and then no more."""
-
-    def serve(sock: Any) -> None:
-        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
-            _received(reader, with_body=True)
-            tls.sendall(said)
-            if end == "close_notify":
-                close_notify(tls)
-            if end == "garbage":
-                socket.socket.sendall(tls, b"not TLS")
-            if end == "RST":
-                tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    return serve
-
-
-@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
-@pytest.mark.parametrize("end", ["close_notify", "FIN", "RST", "garbage"])
-@pytest.mark.parametrize("where", TLS_ENDS)
-def test_an_answer_that_is_cut_off_within_tls_is_no_answer(
-    client_of: Clients, ca: trustme.CA, setenv: Any, where: str, end: str, is_proxied: bool
-) -> None:
-    said, *expected = TLS_ENDS[where]
-    opened: list[Any] = [Do.HEAD, ESTABLISHED] if is_proxied else []
-    with Peer([[*opened, cut_off(serving(ca, "boxer.test"), said, end), Do.FIN]]) as peer:
-        if is_proxied:
-            setenv("https_proxy", peer.url)
-        client = client_of(f"https://boxer.test:{peer.port}", ssl_context=trusting(ca), retries=0)
-        got = outcome(client, DOWNLOAD)
-        assert is_expected(got, expected[end != "close_notify"]), got
-
-
-# Proxies
-
-
-@pytest.fixture
-def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Begin without a proxy in the environment, and let every name below .test be this machine's."""
-    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "REQUEST_METHOD"]:
-        monkeypatch.delenv(name)
-    look_up = socket.getaddrinfo
-
-    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        return look_up("127.0.0.1" if name.endswith(".test") else host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    return monkeypatch.setenv
-
-
-def basic_credentials(pair: str) -> str:
-    return f"Basic {base64.b64encode(pair.encode()).decode()}"
-
-
-def test_http_goes_through_a_proxy(client_of: Clients, setenv: Any) -> None:
-    with Peer.answering(RAN, answer("abc")) as proxy:
-        setenv("http_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
-        client = client_of("http://ann:secret@boxer.test:8080/api")
-        assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
-    run, download = proxy.requests[0]
-    assert run.line == "POST http://boxer.test:8080/api/run HTTP/1.1"
-    assert download.line == "GET http://boxer.test:8080/api/files?path=a%20b HTTP/1.1"
-    assert run.fields["host"] == "boxer.test:8080"
-    assert run.fields["proxy-authorization"] == basic_credentials("joe:p@ss")
-    assert run.fields["authorization"] == basic_credentials("ann:secret")
-
-
-ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
-
-
-def tunnel(inside: ssl.SSLContext, seen: list[Received], *answers: bytes) -> Callable[[Any], None]:
-    """Return a step that answers requests over TLS inside a tunnel."""
-
-    def serve(sock: Any) -> None:
-        with inside.wrap_socket(sock, server_side=True) as tls, tls.makefile("rb") as reader:
-            for what in answers:
-                seen.append(_received(reader, with_body=True))
-                tls.sendall(what)
-            with contextlib.suppress(ConnectionError):
-                assert reader.read() == b""
-
-    return serve
-
-
-def test_https_goes_through_a_tunnel(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
-    seen: list[Received] = []
-    inside = tunnel(serving(ca, "boxer.test"), seen, RAN, answer("abc"))
-    with Peer([[Do.HEAD, ESTABLISHED, inside, Do.FIN]]) as proxy:
-        setenv("https_proxy", f"http://joe:p%40ss@127.0.0.1:{proxy.port}")
-        with client_of("https://ann:secret@boxer.test/api", ssl_context=trusting(ca)) as client:
-            assert (client.run("image", ["true"]), client.download_file("a b")) == (RESULT, b"abc")
-    (connect,) = proxy.requests[0]
-    assert connect.line == "CONNECT boxer.test:443 HTTP/1.1" and connect.fields["host"] == "boxer.test:443"
-    assert (
-        connect.fields["proxy-authorization"] == basic_credentials("joe:p@ss") and "authorization" not in connect.fields
-    )
-    assert [request.line for request in seen] == ["POST /api/run HTTP/1.1", "GET /api/files?path=a%20b HTTP/1.1"]
-    for request in seen:
-        assert (
-            request.fields["authorization"] == basic_credentials("ann:secret")
-            and "proxy-authorization" not in request.fields
-        )
-
-
-DENIED = answer("Who are you?", "407 Proxy Authentication Required")
-# What a proxy does when it is asked for a tunnel, and what comes of it.
-TUNNELS: list[tuple[list[Any], Any]] = [
-    ([Do.HEAD, DENIED], refusal(407, "Who are you?")),
-    ([Do.HEAD, DENIED, Do.FIN], refusal(407, "Who are you?")),
-    ([Do.HEAD, answer("x" * MIB, "502 Bad Gateway"), Do.DRAIN], refusal(502, "xxx")),
-    ([Do.HEAD, Do.FIN], lost()),
-    ([Do.HEAD, Do.RST], lost()),
-    ([Do.HEAD, ESTABLISHED[:-1], Do.FIN], lost()),
-    ([Do.HEAD, b"garbage"], lost("HTTP")),
-    ([Do.HEAD, ESTABLISHED + RAN, Do.DRAIN], lost()),
-    ([Do.HEAD, ESTABLISHED, Do.FIN], lost()),
-    ([Do.HEAD], (BoxerTimeoutError, 0, "0.5 s")),
-    ([Do.HEAD, ESTABLISHED, Do.DRAIN], (BoxerTimeoutError, 0, "0.5 s")),
-]
-
-
-@pytest.mark.parametrize(("steps", "expected"), TUNNELS)
-def test_a_tunnel_that_cannot_be_had(
-    client_of: Clients, setenv: Any, ca: trustme.CA, steps: list[Any], expected: Any
-) -> None:
-    with Peer([steps]) as proxy:
-        setenv("https_proxy", f"http://joe:secret@127.0.0.1:{proxy.port}")
-        timeout = 0.5 if expected[0] is BoxerTimeoutError else 30
-        got = outcome(client_of("https://boxer.test", ssl_context=trusting(ca), retries=0, timeout=timeout), RUN_IT)
-        assert is_expected(got, expected), got
-        assert not getattr(got, "request_sent", False) and "secret" not in all_text(got)
-
-
-def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> None:
-    with Peer([[Do.REQUEST, DENIED], [Do.REQUEST, Do.FIN]]) as proxy:
-        setenv("HTTP_PROXY", f"127.0.0.1:{proxy.port}")
-        with client_of("http://boxer.test", retries=0) as client:
-            assert is_expected(outcome(client, RUN_IT), refusal(407, "Who are you?"))
-        assert is_expected(outcome(client_of("http://boxer.test", retries=0), RUN_IT), lost(proxy.authority))
-    error = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
-    assert is_expected(error, lost(proxy.authority)) and not error.request_sent
-
-
-NO_PROXY = {  # whether a request for boxer.test goes straight there
-    "": False, "boxer.test": True, "BOXER.test": True, "test": True, ".test": True, ".TEST": True, "*": True,
-    "a, boxer.test": True, "a ,\t.test , b": True, "other.test": False, "xer.test": False, "*.test": False,
-    ".boxer.test": True, "a.boxer.test": False, "<host and port>": True, "boxer.test:1": False,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("value", NO_PROXY)
-def test_no_proxy_names_what_goes_straight(
-    client_of: Clients, setenv: Any, ca: trustme.CA, value: str, scheme: str
-) -> None:
-    inside = serving(ca, "boxer.test") if scheme == "https" else None
-    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
-        setenv(f"{scheme}_proxy", f"http://{proxy.authority}")
-        setenv("no_proxy", value.replace("<host and port>", f"boxer.test:{straight.port}"))
-        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
-        assert client.run("image", ["true"]) == RESULT
-    assert (straight.connections, proxy.connections) == ((1, 0) if NO_PROXY[value] else (0, 1))
-
-
-# Variables of the environment ({}: the proxy), and whether a request goes to the proxy.
-VARIABLES: list[tuple[str, dict[str, str], bool]] = [
-    ("http", {"http_proxy": "{}"}, True),
-    ("http", {"HTTP_PROXY": "{}"}, True),
-    ("http", {"http_proxy": "{}", "HTTP_PROXY": "http://nowhere.test:9"}, True),
-    ("http", {"http_proxy": "", "HTTP_PROXY": "{}"}, False),
-    ("http", {"https_proxy": "{}", "all_proxy": "{}", "ALL_PROXY": "{}", "proxy": "{}"}, False),
-    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test"}, False),
-    ("http", {"HTTP_PROXY": "{}", "NO_PROXY": "boxer.test", "no_proxy": "other.test"}, True),
-    # A CGI program has the fields of a request in its environment, and so may have a field `Proxy`.
-    ("http", {"HTTP_PROXY": "{}", "REQUEST_METHOD": "GET"}, False),
-    ("http", {"http_proxy": "{}", "REQUEST_METHOD": "GET"}, True),
-    ("https", {"https_proxy": "{}"}, True),
-    ("https", {"HTTPS_PROXY": "{}"}, True),
-    ("https", {"HTTPS_PROXY": "{}", "REQUEST_METHOD": "GET"}, True),
-    ("https", {"http_proxy": "{}", "all_proxy": "{}"}, False),
-    ("https", {"HTTPS_PROXY": "{}", "NO_PROXY": "*"}, False),
-]
-
-
-@pytest.mark.parametrize(("scheme", "variables", "is_proxied"), VARIABLES)
-def test_the_environment_says_which_proxy_there_is(
-    client_of: Clients, setenv: Any, ca: trustme.CA, scheme: str, variables: dict[str, str], is_proxied: bool
-) -> None:
-    inside = serving(ca, "boxer.test") if scheme == "https" else None
-    with Frail(lambda _: [RAN], inside) as straight, Frail(lambda _: [RAN], inside, scheme == "https") as proxy:
-        for name, value in variables.items():
-            setenv(name, value.format(f"http://{proxy.authority}"))
-        client = client_of(f"{scheme}://boxer.test:{straight.port}", ssl_context=trusting(ca))
-        assert client.run("image", ["true"]) == RESULT
-    assert (straight.connections, proxy.connections) == ((0, 1) if is_proxied else (1, 0))
-
-
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"])
-def test_loopback_never_goes_through_a_proxy(client_of: Clients, setenv: Any, host: str) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        setenv(name, refused_url())
-    with Peer([[Do.REQUEST, RAN]], host="::1" if ":" in host else "127.0.0.1") as peer:
-        assert client_of(f"http://{host}:{peer.port}").run("image", ["true"]) == RESULT
-
-
-# Handlers of urllib's
+    async def begin() -> None:
+        things.append(asyncio.ensure_future(things[0].run("image", ["true"])))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        if call_that == "pauses":
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, is_pausing.wait, 30)
+            await loop.shutdown_default_executor()
+
+    async def go_on() -> None:
+        if call_that == "pauses":
+            assert await things[0].health()
+        await things[0].aclose()
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [failing("503 Service Unavailable", Retry_After="3600")]
+
+    with Host(respond) as host, never_accepting() as full, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
+        url = host.url if call_that == "pauses" else f"http://127.0.0.1:{full.getsockname()[1]}"
+        things: list[Any] = [AsyncBoxerClient(url, timeout=None)]
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        asyncio.run(go_on())
+        del loop
+        drop(things)
+    assert {record.getMessage()[:18] for record in caplog.records if record.name == "asyncio"} <= {"Task was destroyed"}
+    caplog.clear()
+
+
+def test_the_connections_of_a_loop_that_has_stopped_are_closed() -> None:
+    async def use_and_close() -> None:
+        assert await client.health()
+        await client.aclose()
+
+    ended = threading.Event()
+    with Peer([[Do.REQUEST, WELL, Do.GONE, lambda _: ended.set(), Do.FIN], [Do.REQUEST, WELL]]) as peer:
+        client = AsyncBoxerClient(peer.url)
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(client.health())
+        asyncio.run(use_and_close())
+        assert ended.wait(30)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+# At the exit of the interpreter, when no thread starts any more
+
+AT_EXIT = """
+import asyncio, atexit, io, socket, sys
+from boxer import AsyncBoxerClient, BoxerClient
+
+look_up = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *args, **more: look_up(host.replace("boxer.test", "127.0.0.1"), *args, **more)
+
+async def use_async(url):
+    async with AsyncBoxerClient(url) as client:
+        print((await client.run("image", ["true"])).stdout, end="")
+        await client.upload_file("a.txt", b"content")
+        await client.upload_file("a.txt", io.BytesIO(b"content"))
+        with open("a.txt", "rb") as file:
+            await client.upload_file("a.txt", file)
+        print(await client.upload_path("a.txt"), await client.download_file("a.txt"))
+
+def use(url):
+    with BoxerClient(url) as client:
+        print(client.run("image", ["true"]).stdout, end="")
+        print(client.upload_path("a.txt"), client.download_file("a.txt"))
+
+kind, url = sys.argv[1:]
+atexit.register(lambda: use(url) if kind == "sync" else asyncio.run(use_async(url)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "boxer.test"])
+def test_a_client_works_at_the_exit_of_the_interpreter(tmp_path: Path, kind: str, host: str) -> None:
+    (tmp_path / "a.txt").write_text("content", "utf-8")
+    answers = {"POST /run": RAN, "POST /files": STORED}
+    with Host(lambda request: [answers.get(request.line.rpartition(" ")[0], answer("abc"))]) as server:
+        printed = program_beside_boxer(tmp_path, AT_EXIT, kind, f"http://{host}:{server.port}")
+    assert printed == "hi\n['a.txt'] b'abc'\n"
+    uploads = [request for request in server.seen if "POST /files" in request.line]
+    assert [b"content" in request.body for request in uploads] == [True] * (1 if kind == "sync" else 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sync client: urllib's handlers, and the threads of a folder's upload
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def md5(*parts: str) -> str:
@@ -7530,6 +7618,13 @@ def test_content_that_cannot_be_rewound_is_not_sent_again_after_a_challenge() ->
     assert [b"content" in request.content for request in host.seen] == [True]
 
 
+def test_a_request_was_sent_even_if_a_handler_could_not_send_another() -> None:
+    said = challenge(Received(b"", b""))[0].replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    with vanishing(said) as url, BoxerClient(url, handlers=[digest(url)]) as client:
+        error = outcome(client, run("true", retries=0))
+    assert is_expected(error, lost("no connection could be made")) and error.request_sent
+
+
 @pytest.mark.parametrize("handlers", [[], [urllib.request.HTTPCookieProcessor]], ids=["without", "with"])
 def test_cookies_are_kept_by_a_handler_alone(client_of: Clients, handlers: list[Any]) -> None:
     with Host(lambda _: [answer({"ok": True}, Set_Cookie="a=b")]) as host:
@@ -7575,115 +7670,6 @@ def test_what_a_handler_raises_is_one_of_our_errors(error: Any, expected: Any) -
     with BoxerClient("http://127.0.0.1:9", handlers=[Raising(error)], retries=0) as client:
         got = outcome(client, RUN_IT)
         assert is_expected(got, expected), got
-
-
-# Secrets
-
-
-LEAKS: dict[str, list[Any]] = {
-    "an error": [Do.REQUEST, failing(BROKEN), Do.REQUEST, failing(BROKEN)],
-    "a redirect": [Do.REQUEST, failing("302 Found", Location="http://a/")],
-    "a malformed answer": [Do.REQUEST, b"HTTP/1.1 200 OK\n\n", Do.DRAIN],
-    "a lost connection": [Do.REQUEST, Do.RST],
-    "no answer": [Do.REQUEST],
-}
-
-
-@pytest.mark.parametrize("name", LEAKS)
-@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
-def test_secrets_are_never_shown(
-    client_of: Clients, clock: Clock, setenv: Any, caplog: pytest.LogCaptureFixture, name: str, is_proxied: bool
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    with Peer([LEAKS[name]]) as peer:
-        setenv("http_proxy", peer.url.replace("//", "//joe:hunter2@"))
-        url = peer.url.replace("127.0.0.1", "boxer.test" if is_proxied else "127.0.0.1").replace("//", "//ann:hunter2@")
-        client = client_of(url, headers={"X-Token": "hunter2"}, retries=1, timeout=0.5 if name == "no answer" else 30)
-        error = outcome(client, run(env={"KEY": "hunter2"}))
-        assert isinstance(error, BoxerError) and "hunter2" not in all_text(error)
-        assert not [text for text in (repr(client), str(client), caplog.text) if "hunter2" in text]
-
-
-def test_asyncio_in_debug_mode_shows_no_secrets_and_finds_no_fault(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-
-    async def main() -> None:
-        asyncio.get_running_loop().slow_callback_duration = 0  # so that it tells of whatever it does
-        url = host.url.replace("//", "//ann:hunter2@")
-        async with AsyncBoxerClient(url, headers={"X-Token": "hunter2"}, max_connections=2) as client:
-            secret_run = client.run("image", ["true"], env={"KEY": "hunter2"})
-            await asyncio.gather(secret_run, client.upload_path(folder), client.download_file("a.txt"))
-            with pytest.raises(asyncio.CancelledError):
-                await break_off("cancel", client.run("image", ["hunter2"]), bool)
-
-    def respond(request: Received) -> list[Any]:
-        if "/run" in request.line and request.json["cmd"] == ["hunter2"]:
-            return [lambda: is_over.wait(30), Do.FIN]
-        return [STORED if "POST /files" in request.line else RAN]
-
-    is_over = threading.Event()
-    with Host(respond) as host:
-        asyncio.run(main(), debug=True)
-        is_over.set()
-    gc.collect()
-    assert "Executing" in caplog.text and "hunter2" not in caplog.text
-    faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [fault for fault in faults if not re.match("Executing .* took", fault)] == []
-    caplog.clear()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rarer cases
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def found(program: str) -> str | None:
-    """Return where a program is; a plain user's PATH often lacks the folders of servers."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{DEFAULT_PATH}")
-
-
-def test_this_machine_has_what_its_owner_says_it_has() -> None:
-    """Where BOXER_TEST_REQUIRE names a sandbox and programs, they are here: an automated run must not pass without."""
-    required = os.environ.get("BOXER_TEST_REQUIRE", "").split()
-    assert [name for name in required if name != WHERE and not found(name)] == []
-
-
-def test_an_answer_to_a_run_is_not_taken_in_without_bounds(client_of: Clients) -> None:
-    mebibyte = b"100000\r\n" + b" " * MIB + b"\r\n"
-    endless: list[Any] = [answer(None, Transfer_Encoding="chunked"), (mebibyte for _ in iter(int, 1)), Do.DRAIN]
-    with Peer([[Do.REQUEST, *endless], [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url)
-        assert is_expected(outcome(client, RUN_IT), (BoxerAPIError, 200, "256 MiB"))
-        assert client.health()
-
-
-def test_a_large_answer_is_large_because_of_its_text(client_of: Clients) -> None:
-    """Anything else may take thirty times its size in memory, once it is decoded."""
-    text = '[],"\\\n' * MIB
-    hostile = [b'{"stdout": [' + piece * MIB + b"]}" for piece in (b"[],", b'"",', b'{"":0},', b"0,")]
-    with Peer.answering(answer({**RUN, "stdout": text, "stderr": text[::-1]}), *map(answer, hostile)) as peer:
-        client = client_of(peer.url)
-        assert do(client, RUN_IT) == RunResult(**{**RUN, "stdout": text, "stderr": text[::-1]})  # type: ignore[arg-type]
-        for _ in hostile:
-            assert is_expected(outcome(client, RUN_IT), refusal(200, "beside text"))
-
-
-@pytest.mark.parametrize("proxy", ["http://proxy.invalid", "http://proxy.invalid:80"])
-def test_a_proxy_without_a_port_is_at_port_80_whatever_the_origin_s_scheme(
-    client_of: Clients, setenv: Any, proxy: str
-) -> None:
-    setenv("https_proxy", proxy)
-    client = client_of("https://boxer.test", retries=0)
-    assert is_expected(outcome(client, GET_HEALTH), lost("proxy.invalid:80: no connection"))
-
-
-@pytest.mark.parametrize("proxy", ["https://proxy.test:3128", "socks5://proxy.test:1080", "http://", "http://a b"])
-def test_a_proxy_that_is_not_spoken_to_in_plain_http_is_refused(client_of: Clients, setenv: Any, proxy: str) -> None:
-    setenv("http_proxy", proxy)
-    with pytest.raises(BoxerValidationError, match="proxy"):
-        client_of("http://boxer.test")
 
 
 class Adding(urllib.request.BaseHandler):
@@ -7745,111 +7731,514 @@ def test_a_handler_that_follows_redirects_is_refused() -> None:
         BoxerClient(handlers=[urllib.request.HTTPRedirectHandler()])
 
 
-def test_a_tunnel_may_need_no_credentials(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
-    seen: list[Received] = []
-    opened = answer(None, "200 Connection established")
-    with Peer([[Do.REQUEST, opened, tunnel(serving(ca, "boxer.test"), seen, RAN), Do.FIN]]) as proxy:
-        setenv("https_proxy", proxy.url)
-        client = client_of("https://boxer.test", ssl_context=trusting(ca))
+def test_an_interrupt_of_a_folder_does_not_wait_for_pauses(
+    many: Path, is_pausing: threading.Event, interrupts: Interrupts
+) -> None:
+    def interrupt() -> None:
+        is_pausing.wait(30)
+        if not interrupts(is_over):
+            faults.append("it waits")
+            client.close()
+
+    is_over, faults = threading.Event(), list[str]()
+    with Frail(lambda _: [failing("429 Slow Down", Retry_After="60")]) as host, BoxerClient(host.url) as client:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.upload_path(many)
+        is_over.set()
+        thread.join()
+    assert not faults
+
+
+def test_a_folder_whose_threads_cannot_be_had_is_an_error_and_leaves_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with Frail(lambda _: [STORED]) as host, BoxerClient(host.url) as client:
+        client.upload_path(folder / "a.txt")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_one)
+            with pytest.raises(RuntimeError, match="can't start"):
+                client.upload_path(folder)
+        assert not started[0].is_alive()
+
+
+# Every request goes through a urllib opener
+
+
+@pytest.mark.parametrize("handlers", [[], ["yes"]], ids=["no handlers", "a handler"])
+def test_every_request_of_the_blocking_client_goes_through_an_opener(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, handlers: list[str]
+) -> None:
+    open_, opened = urllib.request.OpenerDirector.open, list[str]()
+
+    def open_and_tell(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(f"{request.get_method()} {request.full_url}")
+        return open_(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open_and_tell)
+    contents = {"POST /run": RAN, "POST /files": STORED}
+    with Host(lambda request: [contents.get(request.line.rpartition(" ")[0], WELL)]) as host:
+        with BoxerClient(host.url, handlers=[Adding(value) for value in handlers]) as client:
+            for call in (GET_HEALTH, RUN_IT, PUT_FILE, upload(io.BytesIO(b"content")), DOWNLOAD):
+                do(client, call)
+            client.upload_path(folder)
+        sent = [request.line.rpartition(" ")[0].replace(" ", f" {host.url}") for request in host.seen]
+    assert sorted(opened) == sorted(sent) and len(sent) > 5
+
+
+def addinfourl(content: bytes, code: int = 200, **fields: str) -> urllib.response.addinfourl:
+    headers = email.message.Message()
+    for name, value in fields.items():
+        headers[name.replace("_", "-")] = value
+    return urllib.response.addinfourl(io.BytesIO(content), headers, "http://boxer.test", code)
+
+
+def http_error(content: bytes, code: int) -> urllib.error.HTTPError:
+    headers = email.message.Message()
+    return urllib.error.HTTPError("http://boxer.test", code, "as urllib has it", headers, io.BytesIO(content))
+
+
+class Fake(urllib.request.BaseHandler):
+    """A user's handler that answers in place of the network; its place among the others is urllib's default."""
+
+    def __init__(self, respond: Callable[[str], Any]) -> None:
+        self.respond = respond
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.respond(f"{request.get_method()} {request.selector}")
+
+    https_open = http_open
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_handler_can_stand_in_for_the_server(scheme: str) -> None:
+    contents = {"GET /healthz": WELL, "POST /run": RAN, "POST /files": STORED, "GET /files?path=a.txt": answer("abc")}
+
+    def respond(asked: str) -> urllib.response.addinfourl:
+        return addinfourl(contents[asked].partition(b"\r\n\r\n")[2], Content_Type="application/json")
+
+    with Peer([]) as peer, BoxerClient(f"{scheme}://{peer.authority}", handlers=[Fake(respond)]) as client:
+        assert client.health()
         assert client.run("image", ["true"]) == RESULT
-        client.close()
-    assert "proxy-authorization" not in {**proxy.request.fields, **seen[0].fields}
+        client.upload_file("a.txt", b"content")
+        client.upload_file("a.txt", io.BytesIO(b"content"))
+        assert client.download_file("a.txt") == b"abc"
 
 
-def test_a_connection_that_is_idle_behind_a_busy_one_is_closed(client_of: Clients, clock: Clock) -> None:
-    both = threading.Barrier(2)
+@pytest.mark.parametrize("make", [addinfourl, http_error])
+def test_an_error_that_a_handler_answers_with_is_one_of_the_server_s(make: Callable[[bytes, int], Any]) -> None:
+    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Fake(lambda _: make(b'{"error": "no"}', 404))]) as client:
+        assert is_expected(outcome(client, DOWNLOAD), refusal(404, "no"))
+        assert is_expected(outcome(client, RUN_IT), refusal(404, "no"))
+        assert not client.health()
 
-    def respond(request: Received) -> list[Any]:
-        return [both.wait if "/run" in request.line else bytes, RAN if "/run" in request.line else WELL]
+
+def test_what_a_handler_answers_with_decides_about_another_try(clock: Clock) -> None:
+    kinds: list[Any] = [addinfourl, http_error]
+    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Fake(lambda _: kinds.pop()(b"wait", 503))]) as client:
+        assert is_expected(outcome(client, RUN_IT, retries=1), refusal(503, "wait"))
+    assert not kinds and len(clock.pauses) == 1
+
+
+class Fetching(urllib.request.BaseHandler):
+    """A user's handler that fetches a token, from the same server and by the same opener, for what has none."""
+
+    def __init__(self, in_time: bool) -> None:
+        self.in_time = in_time  # before it is asked for
+        self.token = ""
+
+    def fetch(self, request: urllib.request.Request) -> None:
+        director: Any = self.parent
+        with director.open(f"{request.type}://{request.host}/token", timeout=30) as response:
+            self.token = json.load(response)["token"]
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        if request.selector != "/token":
+            if self.in_time and not self.token:
+                self.fetch(request)
+            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+        return request
+
+    def http_error_401(self, request: urllib.request.Request, *_: Any) -> Any:
+        self.fetch(request)
+        director: Any = self.parent
+        return director.open(request)
+
+
+@pytest.mark.parametrize("in_time", [True, False], ids=["before", "when asked"])
+def test_a_handler_may_send_a_request_of_its_own(in_time: bool) -> None:
+    def respond(request: Received) -> list[bytes]:
+        if request.line == "GET /token HTTP/1.1":
+            return [answer({"token": "t1"})]
+        if request.fields.get("authorization") != "Bearer t1":
+            return [failing("401 Unauthorized", "who are you?")]
+        return [RAN if "/run" in request.line else STORED]
 
     with Host(respond) as host:
-        client = client_of(host.url)
-        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
-        for _ in range(4):
-            clock.ahead += 3
-            assert client.health()
-        assert gather(client, [RUN_IT, RUN_IT]) == [RESULT, RESULT]
-    assert host.connections == 3
+        with BoxerClient(host.url, handlers=[Fetching(in_time)], max_connections=1) as client:
+            assert client.run("image", ["true"]) == RESULT
+            client.upload_file("a.txt", io.BytesIO(b"content"))
+        targets = [request.line.split(" ")[1] for request in host.seen]
+        assert targets == (["/token", "/run", "/files"] if in_time else ["/run", "/token", "/run", "/files"])
+    assert host.connections == 1
 
 
-def test_a_name_nobody_knows_is_a_connection_error(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+class Breaking(urllib.request.BaseHandler):
+    """A user's handler that raises an error of its own."""
 
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    got = outcome(client_of("http://boxer.test", retries=0), RUN_IT)
-    assert is_expected(got, lost("boxer.test:80: no connection could be made")) and not got.request_sent
+    def __init__(self, where: str, error: BaseException) -> None:
+        setattr(self, where, self.fail)
+        self.error = error
+        self.is_broken = True
+
+    def fail(self, first: Any, *others: Any) -> Any:
+        if not self.is_broken:
+            return others[-1] if others else first
+        raise self.error
+
+
+@pytest.mark.parametrize("where", ["http_request", "http_open", "http_response", "http_error_404"])
+@pytest.mark.parametrize("kind", [OSError, FileNotFoundError, ConnectionResetError, TimeoutError, KeyError])
+def test_what_a_handler_raises_leaves_as_it_is(where: str, kind: type[Exception]) -> None:
+    error = kind("the handler's own")
+    said = failing("404 Not Found")
+    with Host(lambda _: [said]) as host, BoxerClient(host.url, handlers=[Breaking(where, error)]) as client:
+        with pytest.raises(kind) as caught:
+            client.download_file("a.txt")
+        assert caught.value is error
+    assert len(host.seen) == (where in ("http_response", "http_error_404"))
+
+
+@pytest.mark.parametrize("where", ["http_request", "http_open", "http_response", "http_error_404"])
+def test_an_error_of_urllib_s_from_a_handler_is_a_connection_error(where: str) -> None:
+    handler = Breaking(where, urllib.error.URLError("out of reach"))
+    said = failing("404 Not Found")
+    with Host(lambda _: [said]) as host, BoxerClient(host.url, handlers=[handler], retries=0) as client:
+        assert is_expected(outcome(client, DOWNLOAD), lost("out of reach"))
+
+
+# What a signal handler of the program does
+
+
+class Ringing:
+    """A SIGALRM whose handler does something in the main thread: once, at some time after `start`.
+
+    The signal comes again and again until the handler has run: one that falls just before a wait begins is seen by
+    Python when the wait ends.
+    """
+
+    def __init__(self) -> None:
+        self.has_rung = threading.Event()
+        self.action: Callable[[], Any] = self.fail
+        self.error: BaseException = TimeoutError("the program's own alarm")
+
+    def fail(self) -> None:
+        raise self.error
+
+    def start(self, _: Any = None, seconds: float = 0.05) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.01)
+
+    def ring(self, *_: Any) -> None:
+        if not self.has_rung.is_set():
+            self.has_rung.set()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.action()
+
+
+@pytest.fixture
+def ringing() -> Iterator[Ringing]:
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this system has no alarm")
+    ringing = Ringing()
+    before = signal.signal(signal.SIGALRM, ringing.ring)
+    yield ringing
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def connect_in_vain() -> None:
+    """Fail as a program's handler may that itself uses the network: the error comes from within `socket`."""
+    socket.create_connection(("127.0.0.1", 9), timeout=30).close()
 
 
 @contextlib.contextmanager
-def no_more_descriptors() -> Any:
-    """Leave this process without a descriptor to open."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = [os.dup(0)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 8, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def raises_the_alarm(ringing: Ringing, kind: str) -> Iterator[None]:
+    """Expect what the handler of a SIGALRM raises to come out as it is."""
+    if kind == "socket":
+        ringing.action = connect_in_vain
+        with pytest.raises(ConnectionRefusedError) as caught:
+            yield
+        assert type(caught.value) is ConnectionRefusedError
+    else:
+        ringing.error = KeyboardInterrupt() if kind == "interrupt" else TimeoutError("the program's own alarm")
+        with pytest.raises(type(ringing.error)) as raised:
+            yield
+        assert raised.value is ringing.error
 
 
-def test_nothing_is_sent_once_the_look_up_of_a_name_took_all_the_time(
-    client_of: Clients, clock: Clock, monkeypatch: pytest.MonkeyPatch
+# What a handler raises: an error of the system's, such an error out of the library's own code, and no error at all.
+ALARMS = pytest.mark.parametrize("kind", ["timeout", "socket", "interrupt"])
+
+
+@ALARMS
+def test_what_a_signal_handler_raises_leaves_a_connect_as_it_is(
+    ringing: Ringing, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    look_up, looked_up = socket.getaddrinfo, list[Any]()
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        looked_up.append(port)
+        return look_up(host, silent if len(looked_up) == 1 else port, *args, **kwargs)
+
+    with never_accepting() as listener, Peer.answering(WELL) as peer, BoxerClient(peer.url) as client:
+        silent = listener.getsockname()[1]
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with raises_the_alarm(ringing, kind):
+            ringing.start()
+            client.run("image", ["true"])
+        assert looked_up.count(peer.port) == 1  # no other try; the handler may have looked up something of its own
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        assert client.health()
+
+
+@ALARMS
+def test_what_a_signal_handler_raises_leaves_a_look_up_as_it_is(
+    ringing: Ringing, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     look_up = socket.getaddrinfo
 
     def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
-        clock.ahead += 1000
-        return look_up(*args, **kwargs)
+        if not ringing.has_rung.is_set() and args[:1] != ("127.0.0.1",):
+            ringing.start()
+            assert ringing.has_rung.wait(30)
+        return look_up("127.0.0.1", *args[1:], **kwargs)
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with Peer([]) as peer:
-        assert is_expected(outcome(client_of(peer.url, timeout=60), RUN_IT), (BoxerTimeoutError, 0, "60 s"))
-
-
-def test_running_out_of_descriptors_is_a_connection_error(client_of: Clients) -> None:
-    client = client_of("http://127.0.0.1:9")
-    with no_more_descriptors():
-        got = outcome(client, GET_HEALTH)
-    assert is_expected(got, lost("127.0.0.1:9: no connection could be made")) and not got.request_sent
-    assert isinstance(got.__cause__, OSError) and got.__cause__.errno == errno.EMFILE
+    with Peer.answering(WELL) as peer, BoxerClient(f"http://boxer.test:{peer.port}", max_connections=1) as client:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with raises_the_alarm(ringing, kind):
+            client.run("image", ["true"])
+        assert client.health()
 
 
-class Waiting(Unseekable):
-    """Content that cannot be read before something has happened."""
+@ALARMS
+@pytest.mark.parametrize("is_kept", [False, True], ids=["fresh", "kept"])
+def test_what_a_signal_handler_raises_leaves_the_wait_for_an_answer_as_it_is(
+    ringing: Ringing, is_kept: bool, kind: str
+) -> None:
+    first: list[Any] = [Do.REQUEST, WELL] if is_kept else []
+    script = [[*first, Do.REQUEST, ringing.start, Do.GONE], [Do.REQUEST, WELL]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client:
+        assert not is_kept or client.health()
+        with raises_the_alarm(ringing, kind):
+            client.download_file("a.txt")  # which would be sent again after a lost connection
+        assert client.health()
 
-    def __init__(self, event: threading.Event) -> None:
-        super().__init__(b"content")
-        self.event = event
 
-    def read(self, size: int = -1) -> bytes:
-        assert size == 0 or self.event.wait(30)
+@ALARMS
+def test_what_a_signal_handler_raises_leaves_a_pause_as_it_is(
+    ringing: Ringing, is_pausing: threading.Event, kind: str
+) -> None:
+    def start() -> None:
+        is_pausing.wait(30)
+        ringing.start()
+
+    starting = threading.Thread(target=start)
+    with Peer.answering(failing("429 Slow Down", Retry_After="60"), WELL) as peer, BoxerClient(peer.url) as client:
+        starting.start()
+        with raises_the_alarm(ringing, kind):
+            client.run("image", ["true"])
+        starting.join()
+        assert client.health()
+
+
+@ALARMS
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_what_a_signal_handler_raises_leaves_an_upload_as_it_is(
+    ringing: Ringing, ca: trustme.CA, is_tls: bool, kind: str
+) -> None:
+    rest = list[bytes]()
+
+    def take_the_rest(sock: Any) -> None:
+        assert ringing.has_rung.wait(30)
+        all_of_it(sock, rest)
+
+    script: list[list[Any]] = [[Do.HEAD, ringing.start, take_the_rest, Do.FIN], [Do.REQUEST, WELL]]
+    with Peer(script, context=serving(ca) if is_tls else None) as peer:
+        client = BoxerClient(peer.url, ssl_context=trusting(ca) if is_tls else None, max_connections=1)
+        with client:
+            with raises_the_alarm(ringing, kind):
+                do(client, LARGE)
+            assert client.health()
+    assert sum(map(len, rest)) < 64 * MIB
+
+
+@ALARMS
+def test_what_a_signal_handler_raises_leaves_a_handshake_as_it_is(ringing: Ringing, ca: trustme.CA, kind: str) -> None:
+    silent: list[Any] = [lambda sock: sock.recv(1), ringing.start, Do.DRAIN]
+    with Peer([silent, [cut_off(serving(ca), WELL, "FIN"), Do.FIN]]) as peer:
+        client = BoxerClient(f"https://{peer.authority}", ssl_context=trusting(ca), max_connections=1)
+        with client:
+            with raises_the_alarm(ringing, kind):
+                client.run("image", ["true"])
+            assert client.health()
+
+
+@ALARMS
+def test_what_a_signal_handler_raises_leaves_the_wait_for_a_connection_as_it_is(ringing: Ringing, kind: str) -> None:
+    has_come, is_over = threading.Event(), threading.Event()
+    first: list[Any] = [Do.REQUEST, lambda _: has_come.set(), lambda _: is_over.wait(30), RAN]
+    script = [[*first, Do.REQUEST, WELL]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client, ThreadPoolExecutor(1) as executor:
+        one = executor.submit(do, client, RUN_IT)
+        assert has_come.wait(30)
+        with raises_the_alarm(ringing, kind):
+            ringing.start()
+            do(client, RUN_IT)
+        is_over.set()
+        assert one.result() == RESULT
+        assert client.health()
+
+
+def test_a_signal_handler_may_use_the_client_that_it_interrupts() -> None:
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this system has no alarm")
+    got: dict[str, str] = {}
+    is_within = False
+
+    def run_within(*_: object) -> None:
+        nonlocal is_within
+        if not is_within:
+            is_within = True
+            run_it(f"within {len(got)}")
+            is_within = False
+
+    def echo(request: Received) -> list[bytes]:
+        return [answer({**RUN, "stdout": request.json["cmd"][0]})]
+
+    def run_it(name: str) -> None:
+        got[name] = client.run("image", [name]).stdout
+
+    with Host(echo) as host, BoxerClient(host.url, max_connections=2) as client:
+        before = signal.signal(signal.SIGALRM, run_within)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            while sum(name.startswith("within") for name in list(got)) < 100:
+                run_it(f"outside {len(got)}")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert all(name == stdout for name, stdout in got.items())
+    assert len(host.seen) == len(got)
+
+
+def test_a_call_within_a_call_that_has_the_only_connection_fails_at_once(ringing: Ringing) -> None:
+    got: list[Any] = []
+    ringing.action = lambda: got.append(outcome(client, GET_HEALTH, timeout=20, retries=5))
+
+    def wait(_: Any) -> None:
+        settles(lambda: bool(got))
+
+    script: list[list[Any]] = [[Do.REQUEST, ringing.start, wait, RAN, Do.REQUEST, WELL]]
+    with Peer(script) as peer, BoxerClient(peer.url, max_connections=1) as client:
+        assert client.run("image", ["true"]) == RESULT
+        assert is_expected(got[0], lost("connection")) and "thread" in str(got[0]) and not got[0].request_sent
+        assert client.health()
+
+
+@pytest.mark.parametrize("max_connections", [1, 2])
+def test_a_call_within_a_call_of_the_same_thread_has_what_connections_there_are(
+    ringing: Ringing, max_connections: int
+) -> None:
+    got: list[Any] = []
+    ringing.action = lambda: got.append(outcome(client, GET_HEALTH, timeout=20))
+
+    def respond(request: Received) -> list[Any]:
+        return [WELL] if "/healthz" in request.line else [ringing.start, lambda: settles(lambda: bool(got)), RAN]
+
+    with Host(respond) as host, BoxerClient(host.url, max_connections=max_connections) as client:
+        assert client.run("image", ["true"]) == RESULT
+        assert got[0] is True if max_connections == 2 else is_expected(got[0], lost("connection"))
+        assert client.health()
+
+
+def test_a_call_within_a_call_waits_for_others_no_longer_than_its_deadline(ringing: Ringing) -> None:
+    """One connection is the outer call's, which cannot go on, and the other one is in use for as long as it takes."""
+    waiting, is_over = threading.Semaphore(0), threading.Event()
+    inner: list[Any] = []
+
+    def respond(request: Received) -> list[Any]:
+        if request.json["cmd"] == ["outer"]:
+            return [ringing.start, lambda: ringing.has_rung.wait(30), RAN]
+        return [waiting.release, lambda: is_over.wait(30), RAN]
+
+    with Host(respond) as host, BoxerClient(host.url, max_connections=2) as client, ThreadPoolExecutor(1) as executor:
+        ringing.action = lambda: inner.append(outcome(client, run("inner"), timeout=0.2))
+        other = executor.submit(do, client, run("other"))
+        assert waiting.acquire(timeout=30)
+        assert do(client, run("outer")) == RESULT
+        is_over.set()
+        assert other.result() == RESULT
+    assert is_expected(inner[0], (BoxerTimeoutError, 0, "0.2 s")), inner
+
+
+@pytest.mark.parametrize("name", ["send", "recv"])
+def test_what_a_signal_handler_raises_right_after_a_system_call_leaves_as_it_is(name: str) -> None:
+    def ring(frame: Any, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ == name and frame.f_code.co_filename == boxer.__file__:
+            sys.setprofile(None)
+            raise TimeoutError("the alarm")
+
+    with Host(lambda _: [WELL]) as host, BoxerClient(host.url, max_connections=1) as client:
+        sys.setprofile(ring)
+        try:
+            with pytest.raises(TimeoutError, match=r"^the alarm$"):
+                client.download_file("a.txt")
+        finally:
+            sys.setprofile(None)
+        assert client.health()
+
+
+class Asking(io.BytesIO):
+    """A file whose reader makes a call."""
+
+    def __init__(self, content: bytes, ask: Callable[[], Any]) -> None:
+        super().__init__(content)
+        self.ask = ask
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size != 0 and self.tell() == 0:
+            self.ask()
         return super().read(size)
 
 
-def test_a_flood_does_not_pile_up_while_a_file_is_read(client_of: Clients) -> None:
-    is_blocked = threading.Event()
+@pytest.mark.parametrize("max_connections", [1, 2])
+@pytest.mark.parametrize("is_seekable", [True, False])
+def test_a_file_s_read_may_use_the_client_that_uploads_it(max_connections: int, is_seekable: bool) -> None:
+    got: list[Any] = []
+    with Host(lambda request: [WELL if "/healthz" in request.line else STORED]) as host:
+        with BoxerClient(host.url, max_connections=max_connections) as client:
+            asking = Asking(b"content", lambda: got.append(outcome(client, GET_HEALTH, timeout=20)))
+            content: Any = asking if is_seekable else OnlyReads(asking.read)
+            client.upload_file("a.txt", content)
+            assert got[0] is True if max_connections == 2 else is_expected(got[0], lost("connection"))
+            assert client.health()
+        sent = [request for request in host.seen if "/files" in request.line]
+    assert len(got) == 1 and [b"content" in request.content for request in sent] == [True]
 
-    def flood(sock: Any) -> None:
-        sock.setblocking(False)
-        sent = 0
-        with contextlib.suppress(ConnectionError):  # the blocking client may see the answer before it reads the file
-            while select.select([], [sock], [], 1)[1]:
-                sent += sock.send(bytes(MIB))
-                assert sent < 64 * MIB, "the client takes whatever comes"
-        is_blocked.set()
 
-    said = answer(None, "413 Too Large", Content_Length=str(1 << 40))
-    with Peer([[Do.HEAD, said, flood, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
-        client = client_of(peer.url)
-        assert is_expected(outcome(client, ("upload_file", ("a.txt", Waiting(is_blocked)), {})), refusal(413))
-        assert client.health()
+# ---------------------------------------------------------------------------------------------------------------------
+# Async client, and other ways to wait: without poll(), and on other event loops
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_deadline_holds_while_a_file_is_read() -> None:
@@ -7864,28 +8253,6 @@ def test_the_deadline_holds_while_a_file_is_read() -> None:
             assert await client.health()
 
     with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
-        asyncio.run(main())
-
-
-def test_closing_a_client_ends_an_upload_whose_file_is_being_read() -> None:
-    can_be_read, is_read = threading.Event(), threading.Event()
-
-    class Telling(Waiting):
-        def read(self, size: int = -1) -> bytes:
-            if size:
-                is_read.set()
-            return super().read(size)
-
-    async def main() -> None:
-        client: Any = AsyncBoxerClient(peer.url)
-        call = asyncio.ensure_future(client.upload_file("a.txt", Telling(can_be_read)))
-        await asyncio.get_running_loop().run_in_executor(None, is_read.wait, 30)
-        await client.aclose()
-        with pytest.raises(BoxerConnectionError, match="client"):
-            await call
-        can_be_read.set()
-
-    with Peer([[Do.HEAD, Do.DRAIN]]) as peer:
         asyncio.run(main())
 
 
@@ -7904,155 +8271,341 @@ def test_an_idle_connection_whose_end_the_loop_has_seen_is_not_used() -> None:
         asyncio.run(main())
 
 
-def test_closing_a_client_ends_the_pause_of_its_call_at_once(client_of: Clients, is_pausing: threading.Event) -> None:
-    """As the log tells, the pause has begun, or is about to."""
-    with Host(lambda _: [failing("503 Service Unavailable", Retry_After="3600")]) as host:
-        client = client_of(host.url, timeout=None)
-        (ended,) = closed_meanwhile(client, [RUN_IT], is_pausing)
-        assert is_expected(ended, lost("the client was closed"))
-        assert ended.request_sent, "the try before the pause has been"
-    assert host.connections == 1
-
-
-def test_closing_a_client_ends_an_attempt_to_connect_at_once(client_of: Clients) -> None:
-    with never_accepting() as listener:
-        client = client_of(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=None)
-        connecting = threading.Event()
-        connecting.set()
-        (ended,) = closed_meanwhile(client, [RUN_IT], connecting)
-        assert is_expected(ended, lost("closed"))
-
-
-@pytest.mark.parametrize("calls", [0, 1, 3])
-def test_a_loop_that_was_closed_under_a_client_is_left_behind(caplog: pytest.LogCaptureFixture, calls: int) -> None:
-    waiting, is_over = threading.Semaphore(0), threading.Event()
-
-    def respond(request: Received) -> list[Any]:
-        return [WELL] if "/healthz" in request.line else [waiting.release, lambda: is_over.wait(30), Do.FIN]
-
-    async def begin() -> None:
-        loop = asyncio.get_running_loop()
-        assert await client.health()
-        tasks.extend(asyncio.ensure_future(client.run("image", ["true"])) for _ in range(calls))
-        for _ in range(min(calls, 1)):
-            await loop.run_in_executor(None, waiting.acquire)
-        await loop.shutdown_default_executor()
-
-    async def go_on() -> None:
-        assert await client.health()
-        await client.aclose()
-
-    tasks: list[Any] = []
-    with Host(respond) as host, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # asyncio's own, since nothing closed the connection in time
-        client = AsyncBoxerClient(host.url, max_connections=1)
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(begin())
-        loop.close()
-        asyncio.run(go_on())
-        drop(tasks)
-        is_over.set()
-    assert host.connections == 2
-    assert [record.getMessage()[:18] for record in caplog.records] == ["Task was destroyed"] * calls
-    caplog.clear()
-
-
-@pytest.mark.parametrize("call_that", ["pauses", "connects"])
-def test_a_loop_that_was_closed_under_a_call_hurts_no_other(
-    caplog: pytest.LogCaptureFixture, call_that: str, is_pausing: threading.Event
+def test_asyncio_in_debug_mode_shows_no_secrets_and_finds_no_fault(
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def begin() -> None:
-        things.append(asyncio.ensure_future(things[0].run("image", ["true"])))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        if call_that == "pauses":
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, is_pausing.wait, 30)
-            await loop.shutdown_default_executor()
+    caplog.set_level(logging.DEBUG)
 
-    async def go_on() -> None:
-        if call_that == "pauses":
-            assert await things[0].health()
-        await things[0].aclose()
+    async def main() -> None:
+        asyncio.get_running_loop().slow_callback_duration = 0  # so that it tells of whatever it does
+        url = host.url.replace("//", "//ann:hunter2@")
+        async with AsyncBoxerClient(url, headers={"X-Token": "hunter2"}, max_connections=2) as client:
+            secret_run = client.run("image", ["true"], env={"KEY": "hunter2"})
+            await asyncio.gather(secret_run, client.upload_path(folder), client.download_file("a.txt"))
+            with pytest.raises(asyncio.CancelledError):
+                await break_off("cancel", client.run("image", ["hunter2"]), bool)
 
     def respond(request: Received) -> list[Any]:
-        return [WELL] if "/healthz" in request.line else [failing("503 Service Unavailable", Retry_After="3600")]
+        if "/run" in request.line and request.json["cmd"] == ["hunter2"]:
+            return [lambda: is_over.wait(30), Do.FIN]
+        return [STORED if "POST /files" in request.line else RAN]
 
-    with Host(respond) as host, never_accepting() as full:
-        url = host.url if call_that == "pauses" else f"http://127.0.0.1:{full.getsockname()[1]}"
-        things: list[Any] = [AsyncBoxerClient(url, timeout=None)]
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(begin())
-        loop.close()
-        asyncio.run(go_on())
-        del loop
-        drop(things)
-    assert {record.getMessage()[:18] for record in caplog.records if record.name == "asyncio"} <= {"Task was destroyed"}
+    is_over = threading.Event()
+    with Host(respond) as host:
+        asyncio.run(main(), debug=True)
+        is_over.set()
+    gc.collect()
+    assert "Executing" in caplog.text and "hunter2" not in caplog.text
+    faults = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [fault for fault in faults if not re.match("Executing .* took", fault)] == []
     caplog.clear()
 
 
-def test_the_connections_of_a_loop_that_has_stopped_are_closed() -> None:
-    async def use_and_close() -> None:
-        assert await client.health()
-        await client.aclose()
+class Unwatching(asyncio.SelectorEventLoop):
+    """An event loop that cannot watch a socket, as the default one of Windows."""
 
-    ended = threading.Event()
-    with Peer([[Do.REQUEST, WELL, Do.GONE, lambda _: ended.set(), Do.FIN], [Do.REQUEST, WELL]]) as peer:
-        client = AsyncBoxerClient(peer.url)
-        loop = asyncio.new_event_loop()
-        assert loop.run_until_complete(client.health())
-        asyncio.run(use_and_close())
-        assert ended.wait(30)
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+    def add_reader(self, *_: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    def remove_reader(self, *_: Any) -> bool:
+        raise NotImplementedError
 
 
-FORKING_INSIDE = """
-import atexit, os, signal, sys
-from boxer import BoxerClient
+@pytest.fixture(scope="session")
+def uvloop() -> Any:
+    """Import uvloop, which opens a pipe for its first loop, and keeps it."""
+    module = importlib.import_module("uvloop")
+    module.new_event_loop().close()
+    return module
 
-def fork(*_):
-    if os.fork() == 0:
-        atexit.register(lambda: open("gone", "x").close())
-        raise SystemExit  # out of the call, as if it were the parent
 
-signal.signal(signal.SIGUSR1, fork)
-with BoxerClient(sys.argv[1]) as client:
-    print(client.run("image", [str(os.getpid())]).stdout, end="")
-    os.wait()
+@pytest.fixture(params=["sync, select", "async, select", "async, a loop that cannot watch", "async, uvloop"])
+def client_otherwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, uvloop: Any) -> Iterator[Clients]:
+    """Make clients that wait otherwise than usual."""
+    kind, way = request.param.split(", ")
+    if way == "select":
+        monkeypatch.delattr(select, "poll")  # as on Windows
+    loops = {"a loop that cannot watch": Unwatching, "uvloop": uvloop.new_event_loop}
+    with contextlib.closing(Clients(kind, loops.get(way, asyncio.new_event_loop)())) as clients:
+        yield clients
+
+
+def test_half_an_answer_and_a_reset_at_once_are_a_lost_connection_however_the_client_waits(
+    client_otherwise: Clients,
+) -> None:
+    """Both come while the loop is blocked."""
+    has_arrived, is_blocked, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def end(sock: Any) -> None:
+        has_arrived.set()
+        is_blocked.wait(30)
+        sock.sendall(RAN[:-3])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(sock.detach())
+        ended.set()
+
+    async def call(client: AsyncBoxerClient) -> Any:
+        task = asyncio.ensure_future(client.run("image", ["true"]))
+        await asyncio.get_running_loop().run_in_executor(None, has_arrived.wait, 30)
+        is_blocked.set()
+        ended.wait(30)
+        with pytest.raises(BoxerConnectionError):
+            await task
+
+    with Peer([[Do.REQUEST, end, Do.FIN]]) as peer:
+        client = client_otherwise(peer.url, timeout=10)
+        if client_otherwise.kind == "sync":
+            is_blocked.set()
+            assert is_expected(outcome(client, RUN_IT), lost())
+        else:
+            client_otherwise.loop.run_until_complete(call(client.client))
+
+
+def test_calls_work_however_the_client_waits(client_otherwise: Clients) -> None:
+    content = os.urandom(MIB) * 5
+
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [RAN]
+        return [STORED] if "POST" in request.line else [answer(content)[:-1], lambda: time.sleep(0), content[-1:]]
+
+    with Host(respond) as host:
+        client = client_otherwise(host.url)
+        for _ in range(3):
+            assert client.run("image", ["true"]).exit_code == 0
+            assert client.upload_file("a", content) is None
+            assert client.upload_file("a", io.BytesIO(content)) is None
+            assert client.download_file("a") == content
+        runs = gather(client, [("run", ("image", ["true"]), {})] * 20)
+        assert [run.exit_code for run in runs] == [0] * 20
+    assert host.seen[1].body.count(content) == host.seen[2].body.count(content) == 1
+
+
+def test_faults_are_the_same_however_the_client_waits(client_otherwise: Clients) -> None:
+    """A refused upload, a connection that ends while it is idle, a peer that is silent, and one that stops reading."""
+    ended, over = threading.Event(), threading.Event()
+
+    def end(sock: Any) -> None:
+        sock.shutdown(socket.SHUT_RDWR)
+        ended.set()
+
+    script: list[list[Any]] = [
+        [Do.HEAD, lambda sock: sock.recv(1000), failing("413 Too Large"), Do.DRAIN],
+        [Do.REQUEST, WELL, end, Do.FIN],
+        [Do.REQUEST, Do.DRAIN],
+        [Do.HEAD, lambda _: over.wait(30), Do.FIN],
+    ]
+    with Peer(script) as peer:
+        client = client_otherwise(peer.url)
+        assert is_expected(outcome(client, LARGE), refusal(413))
+        assert client.health() and ended.wait(30)
+        assert is_expected(outcome(client, RUN_IT, timeout=0.3), (BoxerTimeoutError, 0, "0.3 s"))
+        assert is_expected(outcome(client, LARGE, timeout=0.3), (BoxerTimeoutError, 0, "no progress"))
+        over.set()
+    assert is_expected(outcome(client_otherwise(refused_url(), retries=0), RUN_IT), lost("no connection"))
+
+
+# Event loops of other kinds
+
+
+class Unregistering(asyncio.SelectorEventLoop):
+    """An event loop that offers nobody to watch a socket, as the default one of Windows."""
+
+    def add_reader(self, *_: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    def add_writer(self, *_: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+
+@pytest.fixture(params=["a loop that cannot watch", "uvloop"])
+def other_loop(request: pytest.FixtureRequest, uvloop: Any) -> Iterator[Clients]:
+    """Make clients on an event loop that is not asyncio's usual one."""
+    loop = uvloop.new_event_loop() if request.param == "uvloop" else Unregistering()
+    with contextlib.closing(Clients("async", loop)) as clients:
+        yield clients
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_every_call_works_on_another_loop(other_loop: Clients, ca: trustme.CA, folder: Path, is_tls: bool) -> None:
+    content, seen = os.urandom(5 * MIB), list[bytes]()
+
+    def respond(request: Received) -> list[bytes]:
+        if "POST /files" in request.line:
+            seen.append(request.content)
+        return [answer(content) if "GET" in request.line else RAN if "/run" in request.line else STORED]
+
+    with Host(respond, context=serving(ca) if is_tls else None) as host:
+        client = other_loop(host.url, ssl_context=trusting(ca) if is_tls else None)
+        for source in (content, io.BytesIO(content), Unseekable(content)):
+            assert client.run("image", ["true"]) == RESULT
+            client.upload_file("a.txt", source)
+        assert [content in body for body in seen] == [True] * 3
+        assert len(client.upload_path(folder)) == len(seen) - 3
+        assert gather(client, [DOWNLOAD, RUN_IT] * 5) == [content, RESULT] * 5
+
+
+@pytest.mark.parametrize("what", ["an answer", "the rest of an answer", "an upload", "TLS", "a connection"])
+def test_a_deadline_ends_a_call_on_another_loop(other_loop: Clients, ca: trustme.CA, what: str) -> None:
+    is_over = threading.Event()
+
+    def wait(_: Any) -> None:
+        is_over.wait(30)
+
+    scripts: dict[str, list[Any]] = {
+        "an answer": [Do.REQUEST, Do.DRAIN],
+        "the rest of an answer": [Do.REQUEST, RAN[:-1], Do.DRAIN],
+        "an upload": [Do.HEAD, wait, Do.DRAIN],
+        "TLS": [Do.DRAIN],
+    }
+    call = upload(io.BytesIO(bytes(LONG))) if what == "an upload" else RUN_IT
+    with contextlib.ExitStack() as stack:
+        if what == "a connection":
+            url = f"http://127.0.0.1:{stack.enter_context(never_accepting()).getsockname()[1]}"
+        else:
+            peer = stack.enter_context(Peer([scripts[what]]))
+            url = peer.url.replace("http:", "https:") if what == "TLS" else peer.url
+        client = other_loop(url, ssl_context=trusting(ca), retries=0)
+        assert is_expected(outcome(client, call, timeout=0.3), (BoxerTimeoutError, 0, "0.3 s"))
+        is_over.set()
+
+
+def test_handshakes_that_do_not_come_are_all_given_up_on_another_loop(other_loop: Clients) -> None:
+    """The deadline's timers ring at about the same time, and any of them may be the first."""
+
+    async def main(client: AsyncBoxerClient) -> list[Any]:
+        got: list[Any] = []
+        for number in range(20):
+            call = asyncio.ensure_future(client.health(timeout=0.03 + number / 1e5))
+            await asyncio.wait((call,), timeout=10)
+            assert call.done(), f"call {number} hangs"
+            got.append(call.exception())
+        return got
+
+    with Peer([[Do.DRAIN]] * 20) as peer:
+        client = other_loop(f"https://{peer.authority}")
+        got = client.loop.run_until_complete(main(client.client))
+    assert [error for error in got if not is_expected(error, (BoxerTimeoutError, 0, "0.03"))] == []
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("what", ["a run", "an upload", "TLS"])
+def test_a_cancelled_call_closes_its_connection_on_another_loop(
+    other_loop: Clients, ca: trustme.CA, what: str, how: str
+) -> None:
+    waiting, is_over = threading.Event(), threading.Event()
+
+    def wait(_: Any) -> None:
+        waiting.set()
+        if what == "an upload":
+            is_over.wait(30)
+
+    steps: dict[str, list[Any]] = {
+        "a run": [Do.REQUEST, wait, Do.GONE],
+        "an upload": [Do.HEAD, wait, Do.DRAIN],
+        "TLS": [lambda sock: sock.recv(1), wait, Do.DRAIN],
+    }
+    then: list[Any] = [cut_off(serving(ca), WELL, "FIN"), Do.FIN] if what == "TLS" else [Do.REQUEST, WELL]
+    with Peer([steps[what], then]) as peer:
+        url = peer.url.replace("http:", "https:") if what == "TLS" else peer.url
+        client = other_loop(url, ssl_context=trusting(ca), max_connections=1)
+        method, args, kwargs = upload(io.BytesIO(bytes(LONG))) if what == "an upload" else RUN_IT
+        call = getattr(client.client, method)(*args, **kwargs)
+        with pytest.raises(HOWS[how]):
+            client.loop.run_until_complete(break_off(how, call, lambda: waiting.wait(30)))
+        is_over.set()
+        assert client.health()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the stand-in: programs run in a sandbox, from end to end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_this_machine_has_what_its_owner_says_it_has() -> None:
+    """Where BOXER_TEST_REQUIRE names a sandbox and programs, they are here: an automated run must not pass without."""
+    required = os.environ.get("BOXER_TEST_REQUIRE", "").split()
+    assert [name for name in required if name != WHERE and not found(name)] == []
+
+
+PYTHON = "python:3.12-slim"
+HELLO = [
+    (PYTHON, ["python3", "-c", "print('hello world')"]),
+    ("node:20-slim", ["node", "-e", "console.log('hello world')"]),
+    ("perl:5.38-slim", ["perl", "-e", "print 'hello world\n'"]),
+]
+
+
+@in_a_sandbox
+@pytest.mark.parametrize(("image", "cmd"), HELLO, ids=["Python", "Node", "Perl"])
+def test_hello_world(client_of: Clients, server: Any, image: str, cmd: list[str]) -> None:
+    if not REAL_URL and not shutil.which(cmd[0], path=SANDBOX_PATH):
+        pytest.skip(f"{cmd[0]} is not installed on this machine")
+    result = client_of(server.url).run(image=image, cmd=cmd)
+    assert (result.stdout, result.stderr, result.exit_code) == ("hello world\n", "", 0)
+    assert result.wall_ms > 0 and re.fullmatch("boxer-[0-9a-f-]{36}", result.exec_id)
+
+
+COMPUTE = b"""import json, os
+os.makedirs("/output/subdir")
+json.dump({"value": 42}, open("/output/result.json", "w"))
+open("/output/subdir/file.bin", "wb").write(bytes(range(256)))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_child_that_is_forked_inside_a_call_leaves_its_connection_to_the_parent(tmp_path: Path) -> None:
-    def respond(request: Received) -> list[Any]:
-        os.kill(int(request.json["cmd"][0]), signal.SIGUSR1)
-        return [RAN] if settles((tmp_path / "gone").exists) else [Do.FIN]
+@in_a_sandbox
+def test_files_make_the_round_trip_byte_for_byte(client_of: Clients, server: Any, names: Mapping[str, str]) -> None:
+    client, script = client_of(server.url), f"{names['u']}-compute.py"
+    client.upload_file(script, COMPUTE)
+    result = client.run(PYTHON, ["python3", f"/{script}"], files=[script], persist=True, check=True)
+    assert json.loads(client.download_file(result.output_path("result.json"))) == {"value": 42}
+    assert client.download_file(f"output/{result.exec_id}/subdir/file.bin") == bytes(range(256))
+    assert client.download_file(script) == COMPUTE
+    with pytest.raises(BoxerAPIError, match="the path is a folder"):
+        client.download_file(result.output_path("subdir"))
 
-    with Host(respond) as host:
-        assert program_beside_boxer(tmp_path, FORKING_INSIDE, host.url) == RUN["stdout"]
+
+@in_a_sandbox
+def test_a_folder_goes_into_a_run(client_of: Clients, server: Any, names: Mapping[str, str], folder: Path) -> None:
+    client, remote = client_of(server.url), names["u"]
+    client.upload_path(folder, remote)
+    script = "import os; print(os.environ['A'], os.getcwd(), open('a/x.txt').read(), end='')"
+    result = client.run(PYTHON, ["python3", "-c", script], env={"A": "é"}, cwd=f"/{remote}", files=[remote])
+    assert (result.stdout, result.stderr) == (f"é /{remote} content of a/x.txt\n", "")
 
 
-def test_a_turn_that_comes_as_its_call_is_cancelled_goes_to_the_next() -> None:
-    async def main() -> None:
-        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+# Each row: a Python program, its limits, and the error it comes to.
+ENDINGS: list[tuple[str, dict[str, int], type[BoxerAPIError], int, str]] = [
+    ("while True: pass", {"wall_clock_secs": 1}, BoxerTimeoutError, 408, "execution timed out"),
+    ("print('x' * 10485760)", {}, BoxerOutputLimitError, 507, "output limit exceeded"),
+]
 
-            async def first() -> None:
-                assert await client.health()
-                second.cancel()  # it has its turn now, and has not run yet
 
-            third: Any
-            leading = asyncio.ensure_future(first())
-            await asyncio.sleep(0)
-            second, third = (asyncio.ensure_future(client.health()) for _ in range(2))
-            await leading
-            with pytest.raises(asyncio.CancelledError):
-                await second
-            assert await third
-            assert await client.health()
+@in_a_sandbox
+@pytest.mark.parametrize(("script", "limits", "kind", "status", "text"), ENDINGS)
+def test_a_run_over_its_limit_is_an_error(
+    client_of: Clients, server: Any, script: str, limits: Any, kind: type[BoxerAPIError], status: int, text: str
+) -> None:
+    with pytest.raises(kind, match=text) as caught:
+        client_of(server.url).run(PYTHON, ["python3", "-c", script], limits=ResourceLimits(**limits))
+    assert caught.value.status_code == status
 
-    with Host(lambda _: [WELL]) as host:
-        asyncio.run(main())
+
+@in_a_sandbox
+def test_an_exit_code_is_a_result_and_an_error_where_it_is_checked(client_of: Clients, server: Any) -> None:
+    client = client_of(server.url)
+    cmd = ["python3", "-c", "import sys; print('out'); sys.exit('no luck')"]
+    result = client.run(PYTHON, cmd)
+    assert (result.exit_code, result.stdout, result.stderr, result.ok) == (1, "out\n", "no luck\n", False)
+    with pytest.raises(BoxerExitError, match=r"^exit code 1: no luck$"):
+        client.run(PYTHON, cmd, check=True)
+
+
+@in_a_sandbox
+def test_runs_go_on_at_once_on_one_client(client_of: Clients, server: Any) -> None:
+    calls: list[Any] = [("run", (PYTHON, ["python3", "-c", f"print({number} ** 2)"]), {}) for number in range(6)]
+    results = gather(client_of(server.url), calls)
+    assert [getattr(result, "stdout", result) for result in results] == [f"{number**2}\n" for number in range(6)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8192,7 +8745,6 @@ def pem(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 with_programs = pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
-SLEEP: Call = ("run", ("python:3.12-slim", ["sleep", "29"]), {})
 TWICE = ["sh", "-c", "cat /in.bin /in.bin > /output/out.bin; echo hello; seq 5000 >&2"]
 
 
@@ -8212,6 +8764,9 @@ def test_every_call_works_through_a_proxy(
         client.upload_file("anew.bin", Unseekable(content))
         assert client.download_file("anew.bin") == content
         assert server.runs == 1
+
+
+SLEEP: Call = ("run", ("python:3.12-slim", ["sleep", "29"]), {})
 
 
 @with_programs
@@ -8364,88 +8919,8 @@ def test_an_answer_cut_off_behind_a_proxy_is_no_answer(client_of: Clients, proxy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Work: how much of it a call takes, counted in what does not vary between machines
+# Work that a call takes, counted in what does not vary between machines
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def program_beside_boxer(folder: Path, code: str, *arguments: str, under: Sequence[str] = ()) -> str:
-    """Run a program beside a copy of the client, without any installed package, and return what it prints."""
-    shutil.copy(inspect.getfile(boxer), folder)
-    (folder / "program.py").write_text(code, "utf-8")
-    line = [*under, sys.executable, "-E", "-S", "-W", "error", "program.py", *arguments]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def test_importing_the_client_imports_only_what_every_client_needs(tmp_path: Path) -> None:
-    code = """
-import sys
-import boxer
-for client in (None, boxer.BoxerClient, boxer.AsyncBoxerClient):
-    client and client("http://127.0.0.1:1").__setattr__("_is_closed", True)
-    print([name for name in ("asyncio", "ssl", "urllib.request", "http.client") if name in sys.modules])
-"""
-    nothing, for_blocking, for_asyncio = program_beside_boxer(tmp_path, code).splitlines()
-    assert nothing == for_blocking == "[]"
-    assert for_asyncio.startswith("['asyncio'")
-
-
-CALLS_OF_EVERY_KIND = """
-import asyncio, io, logging, os, sys
-from boxer import AsyncBoxerClient, BoxerClient, BoxerError
-
-def calls(client):
-    yield lambda: client.run("image", ["true"])
-    yield lambda: client.run("image", ["true"])
-    yield lambda: client.upload_file("a.txt", io.BytesIO(b"content"))
-    yield lambda: client.upload_path("folder")
-    yield lambda: client.download_file("a.txt")
-    yield client.health
-
-def call_all(url):
-    with BoxerClient(url) as client:
-        before = set(sys.modules)
-        for call in calls(client):
-            try:
-                call()
-            except BoxerError as error:
-                str(error)
-    return set(sys.modules) - before
-
-async def call_all_async(url):
-    async with AsyncBoxerClient(url) as client:
-        before = set(sys.modules)
-        for call in calls(client):
-            try:
-                await call()
-            except BoxerError as error:
-                str(error)
-    return set(sys.modules) - before
-
-logging.getLogger("boxer").addHandler(logging.NullHandler())
-kind, url = sys.argv[1:]
-print(*(call_all(url) if kind == "sync" else asyncio.run(call_all_async(url))))
-"""
-
-
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_calls_import_nothing_so_that_a_fork_can_come_at_any_time(tmp_path: Path, kind: str) -> None:
-    """A child that is forked while another thread imports what it needs too would wait for ever."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.txt").write_text("content")
-    page = answer(b"<h1>&eacute;</h1>", status="502 Bad Gateway", Content_Type="text/html")
-    answers = [failing("503 Wait", Retry_After="Wed, 25 Nov 2020 14:04:20 GMT"), RAN, page]
-
-    def respond(request: Received) -> list[Any]:
-        if "/run" in request.line:
-            return [answers.pop(0)]
-        return [STORED if "POST" in request.line else WELL]
-
-    with Host(respond) as host:
-        assert program_beside_boxer(tmp_path, CALLS_OF_EVERY_KIND, kind, host.url) == "\n"
-    assert not answers
-
 
 RUNS = """
 import asyncio, os, sys
@@ -8497,76 +8972,6 @@ def test_a_run_on_a_kept_connection_takes_so_many_system_calls(
     names = collections.Counter({name.replace("pwait", "wait"): count for name, count in names.items()})
     assert names == {name: 10 * count for name, count in expected.items()}
     assert host.connections == 1
-
-
-class Counting:
-    """Counts the calls of Python functions in this thread."""
-
-    def __enter__(self) -> Counting:
-        self.calls = 0
-        sys.setprofile(self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def _count(self, _frame: Any, event: str, _: Any) -> None:
-        self.calls += event == "call"
-
-
-def test_a_run_on_a_kept_connection_takes_few_function_calls(client_of: Clients) -> None:
-    with Host(lambda _: [RAN]) as host:
-        client = client_of(host.url)
-        client.run("image", ["true"])
-        with Counting() as counting:
-            client.run("image", ["true"])
-    # It takes 43; with asyncio, those of the loop that is started and stopped for it come on top.
-    assert counting.calls <= (46 if client_of.kind == "sync" else 126)
-
-
-def test_a_handshake_that_does_not_come_is_waited_for_idly(client_of: Clients) -> None:
-    with Peer([[Do.DRAIN]]) as peer:
-        client = client_of(f"https://{peer.authority}", timeout=0.2)
-        with Counting() as counting:
-            error = outcome(client, GET_HEALTH)
-    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.2 s"))
-    assert counting.calls < 1000
-
-
-def test_the_rest_of_an_early_answer_is_waited_for_idly(client_of: Clients) -> None:
-    begun = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\n"
-    with Peer([[Do.HEAD, begun, Do.DRAIN]]) as peer:
-        client = client_of(peer.url, timeout=0.3)
-        with Counting() as counting:
-            error = outcome(client, upload(bytes(LONG)))
-    assert is_expected(error, (BoxerTimeoutError, 0, "no complete answer within 0.3 s"))
-    assert counting.calls < 2000
-
-
-def test_a_connection_is_not_used_again_when_more_came_than_large_content(client_of: Clients) -> None:
-    """The rest comes with the content's last bytes, and is not received with them."""
-    content = bytes(60_000)
-    with Host(lambda request: [answer(content) + b"more"] if "files" in request.line else [WELL]) as host:
-        client = client_of(host.url)
-        assert client.download_file("large") == content
-        assert client.health()
-        assert client.download_file("large") == content
-    assert host.connections == 2
-
-
-def test_an_idle_connection_is_closed_when_its_server_has_closed_it() -> None:
-    async def main() -> None:
-        before = open_descriptors()
-        async with AsyncBoxerClient(peer.url) as client:
-            assert await client.health()
-            assert len(open_descriptors() - before) > 1
-            is_over.set()
-            while not open_descriptors() <= before:  # noqa: ASYNC110 - nothing tells of it
-                await asyncio.sleep(0.001)
-
-    is_over = threading.Event()
-    with Peer([[Do.REQUEST, WELL, lambda _: is_over.wait(30), Do.FIN]]) as peer:
-        asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_a_run_on_a_kept_connection_waits_once() -> None:
@@ -8638,116 +9043,7 @@ def test_a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Waiting in other ways: without poll(), on an event loop that cannot watch a socket, and on another event loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Unwatching(asyncio.SelectorEventLoop):
-    """An event loop that cannot watch a socket, as the default one of Windows."""
-
-    def add_reader(self, *_: Any) -> None:  # type: ignore[override]
-        raise NotImplementedError
-
-    def remove_reader(self, *_: Any) -> bool:
-        raise NotImplementedError
-
-
-@pytest.fixture(scope="session")
-def uvloop() -> Any:
-    """Import uvloop, which opens a pipe for its first loop, and keeps it."""
-    module = importlib.import_module("uvloop")
-    module.new_event_loop().close()
-    return module
-
-
-@pytest.fixture(params=["sync, select", "async, select", "async, a loop that cannot watch", "async, uvloop"])
-def client_otherwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, uvloop: Any) -> Iterator[Clients]:
-    """Make clients that wait otherwise than usual."""
-    kind, way = request.param.split(", ")
-    if way == "select":
-        monkeypatch.delattr(select, "poll")  # as on Windows
-    loops = {"a loop that cannot watch": Unwatching, "uvloop": uvloop.new_event_loop}
-    with contextlib.closing(Clients(kind, loops.get(way, asyncio.new_event_loop)())) as clients:
-        yield clients
-
-
-def test_half_an_answer_and_a_reset_at_once_are_a_lost_connection_however_the_client_waits(
-    client_otherwise: Clients,
-) -> None:
-    """Both come while the loop is blocked."""
-    has_arrived, is_blocked, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def end(sock: Any) -> None:
-        has_arrived.set()
-        is_blocked.wait(30)
-        sock.sendall(RAN[:-3])
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(sock.detach())
-        ended.set()
-
-    async def call(client: AsyncBoxerClient) -> Any:
-        task = asyncio.ensure_future(client.run("image", ["true"]))
-        await asyncio.get_running_loop().run_in_executor(None, has_arrived.wait, 30)
-        is_blocked.set()
-        ended.wait(30)
-        with pytest.raises(BoxerConnectionError):
-            await task
-
-    with Peer([[Do.REQUEST, end, Do.FIN]]) as peer:
-        client = client_otherwise(peer.url, timeout=10)
-        if client_otherwise.kind == "sync":
-            is_blocked.set()
-            assert is_expected(outcome(client, RUN_IT), lost())
-        else:
-            client_otherwise.loop.run_until_complete(call(client.client))
-
-
-def test_calls_work_however_the_client_waits(client_otherwise: Clients) -> None:
-    content = os.urandom(MIB) * 5
-
-    def respond(request: Received) -> list[Any]:
-        if "/run" in request.line:
-            return [RAN]
-        return [STORED] if "POST" in request.line else [answer(content)[:-1], lambda: time.sleep(0), content[-1:]]
-
-    with Host(respond) as host:
-        client = client_otherwise(host.url)
-        for _ in range(3):
-            assert client.run("image", ["true"]).exit_code == 0
-            assert client.upload_file("a", content) is None
-            assert client.upload_file("a", io.BytesIO(content)) is None
-            assert client.download_file("a") == content
-        runs = gather(client, [("run", ("image", ["true"]), {})] * 20)
-        assert [run.exit_code for run in runs] == [0] * 20
-    assert host.seen[1].body.count(content) == host.seen[2].body.count(content) == 1
-
-
-def test_faults_are_the_same_however_the_client_waits(client_otherwise: Clients) -> None:
-    """A refused upload, a connection that ends while it is idle, a peer that is silent, and one that stops reading."""
-    ended, over = threading.Event(), threading.Event()
-
-    def end(sock: Any) -> None:
-        sock.shutdown(socket.SHUT_RDWR)
-        ended.set()
-
-    script: list[list[Any]] = [
-        [Do.HEAD, lambda sock: sock.recv(1000), failing("413 Too Large"), Do.DRAIN],
-        [Do.REQUEST, WELL, end, Do.FIN],
-        [Do.REQUEST, Do.DRAIN],
-        [Do.HEAD, lambda _: over.wait(30), Do.FIN],
-    ]
-    with Peer(script) as peer:
-        client = client_otherwise(peer.url)
-        assert is_expected(outcome(client, LARGE), refusal(413))
-        assert client.health() and ended.wait(30)
-        assert is_expected(outcome(client, RUN_IT, timeout=0.3), (BoxerTimeoutError, 0, "0.3 s"))
-        assert is_expected(outcome(client, LARGE, timeout=0.3), (BoxerTimeoutError, 0, "no progress"))
-        over.set()
-    assert is_expected(outcome(client_otherwise(refused_url(), retries=0), RUN_IT), lost("no connection"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The README: what it shows is run, and what it lists is compared with what there is
+# README: its examples are run, and its lists are compared with what there is
 # ---------------------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
@@ -8763,16 +9059,6 @@ def blocks(language: str) -> list[Any]:
         if match["block"] is not None:
             found.append(pytest.param(match["block"], id=title))
     return found
-
-
-def section(title: str) -> str:
-    """Give what stands under a heading of the second level."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def first_column(text: str) -> list[str]:
-    """Give what stands in backquotes at the start of each row of a table."""
-    return re.findall(r"^\| `(\w+)", text, re.MULTILINE)
 
 
 @in_a_sandbox
@@ -8807,12 +9093,13 @@ def test_the_demo_of_the_readme_needs_no_package() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
-    for file in (__file__, inspect.getfile(boxer)):
-        shutil.copy(file, tmp_path)
-    program = [sys.executable, "-E", "-S", "-W", "error", "test_boxer.py", "soak", "--minutes", "0.05"]
-    environment = {**os.environ, "BOXER_URL": ""}
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+@pytest.mark.skipif(not (HERE / ".bench").is_dir(), reason="the soak is not here")
+def test_a_short_soak_finds_nothing() -> None:
+    program = [sys.executable, "-W", "error", ".bench/soak.py", "--minutes", "0.05"]
+    # What it covers is not counted, since counting slows it down.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    environment["BOXER_URL"] = ""
+    done = subprocess.run(program, cwd=HERE, env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     end = r"\n\d+ s, [\d,]+ calls, [\d,]+ faults in \d+ kinds: 0 wrong, 0 lost, 0 leaked\n"
     assert re.search(end + r"\Z", done.stdout), done.stdout
@@ -8834,6 +9121,11 @@ def test_the_stand_in_of_the_readme_says_where_it_is_and_serves_until_it_is_inte
             process.kill()
 
 
+def section(title: str) -> str:
+    """Give what stands under a heading of the second level."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
 def test_every_promise_of_the_readme_names_tests_that_there_are() -> None:
     tests = {name for name in globals() if name.startswith("test_")}
     rows = [row for row in section("What you can rely on").splitlines() if row.startswith("| ")][2:]
@@ -8848,6 +9140,11 @@ def test_the_figures_of_the_readme_are_those_that_were_measured_last(mark: str) 
     program = [sys.executable, ".bench/bench.py", "--print", mark]
     measured = subprocess.run(program, cwd=HERE, capture_output=True, text=True, check=True, timeout=60).stdout
     assert f"<!-- bench {mark} -->\n{measured}<!-- end -->\n" in README
+
+
+def first_column(text: str) -> list[str]:
+    """Give what stands in backquotes at the start of each row of a table."""
+    return re.findall(r"^\| `(\w+)", text, re.MULTILINE)
 
 
 def test_the_readme_lists_every_error() -> None:

@@ -33,8 +33,8 @@ HERE = Path(__file__).parent
 MIB = 1 << 20
 LARGE, UPLOAD = 256 * MIB, 1024 * MIB
 SYNC = ("boxer.py", "boxer-sdk", "urllib3", "httpx", "bare sockets")
-ASYNC = ("boxer.py", "boxer-sdk", "aiohttp", "httpx", "bare sockets")
-COLUMNS = ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx", "curl", "bare sockets")
+ASYNC = ("boxer.py", "boxer-sdk", "aiohttp", "httpx", "bare sockets", "bare streams")
+COLUMNS = ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx", "curl", "bare sockets", "bare streams")
 WIDTHS = (1, 2, 5, 10, 20, 50, 100)
 SIZES = (1, 4, 16, 64, 256)
 
@@ -61,7 +61,7 @@ class Work(NamedTuple):
 
 def works(path: str) -> list[Work]:
     """Return the rows; `path` is that of the file to upload."""
-    asynchronous = ASYNC[:-1]
+    asynchronous = ASYNC[:-2]
     return [
         Work("runs in a row", "in_a_row", (4000,), SYNC, 4000),
         Work("runs in a row, busy machine", "in_a_row", (4000,), SYNC, 4000, is_busy=True),
@@ -235,7 +235,7 @@ def measure(rounds: int) -> dict[str, Any]:
             print(*line(work, results["works"][work.title]), sep="\n", flush=True)
         results["in flight"] = {
             candidate: [500 / once(url, candidate, "in_flight", 500, width)["wall"] for width in WIDTHS]
-            for candidate in ASYNC[:-1]
+            for candidate in ASYNC[:-2]
         }
         results["memory"] = {
             candidate: [once(url, candidate, "download", size * MIB, str(size))["memory"] / MIB for size in SIZES]
@@ -279,12 +279,12 @@ def table(results: dict[str, Any]) -> str:
 
 def memory_table(results: dict[str, Any]) -> str:
     """Return the README's table of how many bytes of memory a byte of a file takes."""
-    rows = [["", *COLUMNS[:-2]], ["---", *["---:"] * (len(COLUMNS) - 2)]]
+    rows = [["", *COLUMNS[:-3]], ["---", *["---:"] * (len(COLUMNS) - 3)]]
     for work in works(""):
         size = {"down": LARGE, "uplo": UPLOAD}.get(work.work[:4])
         if size:
             figures = results["works"][work.title]
-            memory = (f"{figures[each]['memory'] / MIB:.0f} MiB" if each in figures else "" for each in COLUMNS[:-2])
+            memory = (f"{figures[each]['memory'] / MIB:.0f} MiB" if each in figures else "" for each in COLUMNS[:-3])
             rows.append([work.title, *memory])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

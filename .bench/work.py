@@ -251,6 +251,25 @@ class AsyncBare(asyncio.Protocol):
             connection.transport.close()
 
 
+class BareStreams:
+    """The limit of a client on asyncio's streams: a reader and a writer for each call in flight, and no HTTP."""
+
+    def __init__(self, _module: Any) -> None:
+        self.request = bare_request()
+        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def run(self) -> None:
+        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(*address())
+        writer.write(self.request)
+        while not (await reader.read(65536)).endswith(b"}"):
+            pass
+        self.idle.append((reader, writer))
+
+    async def close(self) -> None:
+        for _, writer in self.idle:
+            writer.close()
+
+
 CANDIDATES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     "boxer.py": (boxer, Boxer, AsyncBoxer),
     "boxer-sdk": (lambda: importlib.import_module("boxer"), Boxer, AsyncBoxer),
@@ -258,6 +277,7 @@ CANDIDATES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     "urllib3": (lambda: importlib.import_module("urllib3"), Urllib3, None),
     "httpx": (lambda: importlib.import_module("httpx"), Httpx, AsyncHttpx),
     "bare sockets": (lambda: None, Bare, AsyncBare),
+    "bare streams": (lambda: None, None, BareStreams),
     "curl": (lambda: None, Curl, None),
 }
 
