@@ -24,7 +24,7 @@ The sections, each of which builds on those above it:
     Async client   a connection over asyncio's StreamReader and StreamWriter
 
 How one text serves both clients: every decision is made once, in coroutines. What they await is a connection's few
-verbs (`connect`, `start_tls`, `drain`, `receive`) and a few of the pool's (`addresses`, `pause`, ...). In
+verbs (`connect`, `start_tls`, `next_piece`, `drain`, `receive`) and a few of the pool's (`_resolve`, `pause`). In
 AsyncBoxerClient those verbs wait on the event loop. In BoxerClient they block and return, so that one step runs a
 whole coroutine to its end (`_run_to_completion`).
 """
@@ -715,7 +715,7 @@ def _run_result(response: _Response, check: bool) -> RunResult:
     except KeyError as error:
         raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
     except TypeError as error:
-        raise BoxerAPIError(f"the answer to a run is not right: {error}", response.code) from error
+        raise BoxerAPIError(f"the answer to a run is malformed: {error}", response.code) from error
     return result.check() if check else result
 
 
@@ -978,7 +978,7 @@ class _Deadline:
         return min(self._end - time.monotonic(), _LONGEST_WAIT)
 
     def start_again(self, awaited: str) -> None:
-        """Count from now, since some content has moved."""
+        """Count from now: content has moved, or the next phase has begun."""
         self._end = time.monotonic() + self._seconds
         self._awaited = awaited
 
@@ -991,23 +991,26 @@ class _Deadline:
 
 
 class _Cancellation:
-    """A handle with which another thread or task ends a call: whatever the call waits for is interrupted."""
+    """A handle with which another thread or task ends a call, by interrupting whatever it waits for."""
 
     def __init__(self) -> None:
         self.reason: str | None = None  # why the call was cancelled
         self._interrupt: Callable[[], Any] | None = None
+        self._lock = threading.RLock()  # so that no interrupt outlives what it is for
 
     def cancel(self, reason: str) -> None:
-        self.reason = self.reason or reason
-        interrupt = self._interrupt
-        if interrupt is not None:
-            interrupt()
+        with self._lock:
+            self.reason = self.reason or reason
+            if self._interrupt is not None:
+                self._interrupt()
 
-    def interrupt_by(self, interrupt: Callable[[], Any] | None) -> None:
-        """Say how to interrupt the waits that follow, now if the call has been cancelled; None: there are none."""
-        self._interrupt = interrupt
-        if self.reason is not None and interrupt is not None:
-            interrupt()
+    def interrupt_by(self, interrupt: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """Say how to interrupt the waits that follow, now if the call has been cancelled; return what held before."""
+        with self._lock:
+            earlier, self._interrupt = self._interrupt, interrupt
+            if self.reason is not None and interrupt is not None:
+                interrupt()
+            return earlier
 
 
 @dataclass(eq=False)
@@ -1035,7 +1038,7 @@ _LASTING = ("image pull failed", "spec build failed", "network setup failed", "s
 
 
 class _NoTurnError(Exception):
-    """A call waits for a connection that its own thread is using, so that it would wait for ever."""
+    """Marks, as a cause, an error that no retry can cure: the thread itself holds every connection."""
 
 
 class _Tries:
@@ -1049,7 +1052,7 @@ class _Tries:
         self._max_races = _RACE_TRIES if retries and request.kind is _Kind.RUN else 0
 
     def after(self, outcome: _Response | BoxerConnectionError) -> tuple[float, int] | None:
-        """Return how many seconds after a failure the next try is, and how to log that; None: there is no other."""
+        """Return the pause in seconds before the next try, and the level to log it at; None: do not try again."""
         if not _can_be_sent(self._request):
             return None
         if self._races < self._max_races and _is_race(outcome):
@@ -1090,7 +1093,7 @@ def _can_be_sent(request: _Request) -> bool:
 
 
 def _retry_after(value: str) -> float:
-    """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is none."""
+    """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is invalid."""
     if re.fullmatch("[0-9]+", value):
         return float(value)
     try:
@@ -1113,11 +1116,11 @@ _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7
 
 
 class _ProtocolError(Exception):
-    """What arrived is no response."""
+    """What arrived is not a valid HTTP response."""
 
 
 class _LostError(_ProtocolError, ConnectionError):
-    """The connection ended before the response did."""
+    """The connection ended before the response did. An OSError, since `_is_harmless` looks for one as the cause."""
 
 
 class _ContentLimit(Exception):  # noqa: N818 - no error of anybody's
@@ -1154,6 +1157,10 @@ class _Decoder:
         return self.is_complete and self._head.keeps_alive and not self.has_rest
 
     @property
+    def is_success(self) -> bool:
+        return self.response is not None and self.response.is_success
+
+    @property
     def has_rest(self) -> bool:
         """More arrived than the response."""
         return self._at < len(self._data)
@@ -1182,7 +1189,7 @@ class _Decoder:
         """Decode the end of the connection; `loss` says why it was lost, if it was."""
         if self.response is None:
             raise _LostError(
-                "the connection ended within the head" if self._data else "it closed before an answer came"
+                "the connection ended within the head" if self.has_rest else "it closed before an answer came"
             )
         if self._head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
@@ -1231,21 +1238,21 @@ class _Decoder:
 
     def _chunked_content(self) -> Generator[None, None, None]:
         """Decode content in the chunked transfer coding (RFC 9112, section 7.1)."""
-        size = -1
-        while size != 0:
-            head = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
-            match = _CHUNK_HEAD.fullmatch(head)
-            if not match:
-                raise _ProtocolError(f"the size of a chunk is malformed: {head[:40]!r}")
-            size = int(match[1], 16)
-            if size:
-                yield from self._sized_content(size)
-                yield from self._until(b"\r\n", 0, "the end of a chunk")
+        while size := (yield from self._chunk_size()):
+            yield from self._sized_content(size)
+            yield from self._until(b"\r\n", 0, "the end of a chunk")
         yield from self._skip_trailer()
+
+    def _chunk_size(self) -> Generator[None, None, int]:
+        head = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
+        match = _CHUNK_HEAD.fullmatch(head)
+        if not match:
+            raise _ProtocolError(f"the size of a chunk is malformed: {head[:40]!r}")
+        return int(match[1], 16)
 
     def _skip_trailer(self) -> Generator[None, None, None]:
         """Check the trailer section, of which nothing is of use."""
-        self._at -= 2  # the line end of the last chunk's head: with it, even an empty section ends with two
+        self._at -= 2  # step back over the last chunk's CRLF, so that an empty section also ends with CRLF CRLF
         section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
         _field_lines(section[2:].decode("latin-1"))
 
@@ -1260,8 +1267,10 @@ class _Decoder:
                 return found
             arrived = len(self._data) - self._at
             if arrived - len(delimiter) + 1 > limit:
-                raise _ProtocolError(f"{what} is longer than {limit} bytes")
-            if what == "the head":
+                raise _ProtocolError(
+                    f"{what} is longer than {limit} bytes" if limit else f"{what} is not where it should be"
+                )
+            if self.response is None:  # this is the head of a response
                 _check_protocol(self._data[self._at : self._at + 16])
             if _BARE_LF.search(self._data, self._at + searched):
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
@@ -1276,9 +1285,9 @@ def _check_protocol(begin: bytes) -> None:
 
 
 class _Heads(dict[bytes, _Head]):
-    """Decoded heads: those of a server are often the same, byte for byte, for a second.
+    """Decoded heads, kept since a server's heads are often identical until the Date changes.
 
-    By value, as cloudpickle sends a module, it is empty.
+    It pickles as empty, since cloudpickle may pickle this module by value.
     """
 
     def __missing__(self, data: bytes) -> _Head:
@@ -1314,7 +1323,7 @@ def _decoded_head(data: bytes) -> _Head:
 
 
 def _field_lines(section: str) -> list[tuple[str, str]]:
-    """Decode field lines; a fold in one is replaced with spaces (RFC 9112, section 5.2)."""
+    """Decode field lines; replace each obsolete line fold with a space (RFC 9112, section 5.2)."""
     if "\r\n " in section or "\r\n\t" in section:
         section = re.sub("\r\n[ \t]+", " ", section)
     lines = section.split("\r\n") if section else []
@@ -1400,7 +1409,7 @@ class _Connection:
                 self.is_tls = True
         except _ConnectionEnd as end:
             self.call.check(self.peer)
-            what = end.loss or "the connection was closed"
+            what = str(end.loss or "") or "the connection was closed"
             raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
@@ -1419,12 +1428,13 @@ class _Connection:
         if not response.is_success:
             return response
         if decoder.has_rest:
-            raise _ProtocolError("the proxy opened a tunnel, and said something of its own in it")
+            raise _ProtocolError("the proxy sent data of its own through the new tunnel")
         return None
 
     async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
         """Send a request until it is sent or answered, and receive its response."""
-        call, decoder = self.call, _Decoder(math.inf if self.call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
+        call = self.call
+        decoder = _Decoder(math.inf if call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
         self.has_sent = self.is_reusable = False
         try:
             if isinstance(body, bytes):
@@ -1458,7 +1468,7 @@ class _Connection:
                     if decoder.response is not None:
                         return False
                 deadline.start_again("progress")
-        except _ConnectionEnd:  # `receive` will meet it, too
+        except _ConnectionEnd:  # `receive` will raise it again, after any early answer
             self.call.check(self.peer)
             return False
         self.send(body.end)
@@ -1469,7 +1479,7 @@ class _Connection:
         try:
             while not decoder.is_complete:
                 decoder.feed(await self.receive())
-                if call.request.kind is _Kind.DOWNLOAD and decoder.size > size:
+                if call.request.kind is _Kind.DOWNLOAD and decoder.size > size and decoder.is_success:
                     size = decoder.size
                     call.deadline.start_again("progress")
                 elif call.deadline.left <= 0:  # what has arrived by the deadline counts
@@ -1496,17 +1506,17 @@ class _Connection:
         """Tell whether an idle connection can be used: it is open, not idle for too long, and nothing has arrived."""
         return time.monotonic() < self.idle_since + _IDLE_LIMIT and self.is_quiet()
 
-    def begin(self, call: _Call) -> None:
+    def attach(self, call: _Call) -> None:
         """Serve a call: the connection is aborted when that is cancelled."""
         self.call = call
         call.cancellation.interrupt_by(self.abort)
 
-    def end(self) -> None:
-        """Be idle, and keep nothing of what was sent."""
-        del self.call
+    def detach(self) -> None:
+        """Become idle: forget the call, and with it what was sent."""
+        self.__dict__.pop("call", None)  # an interrupt may have come before `attach`
 
-    # The verbs, which each client has in its own way. Those that wait raise _ConnectionEnd if that is in vain. A loss
-    # that is met by `send` is told by the next `drain` or `receive`, after what had arrived before it.
+    # The verbs, which each client implements. Those that wait raise _ConnectionEnd if the connection ends first. If
+    # `send` finds the connection lost, the next `drain` or `receive` says so, after returning what had arrived.
 
     connect: Callable[[Any, float], Awaitable[None]]  # to one of socket.getaddrinfo's addresses, within so many seconds
     start_tls: Callable[[ssl.SSLContext, str], Awaitable[None]]  # with the host of this name
@@ -1528,7 +1538,7 @@ def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
         poll = select.poll()
         poll.register(descriptor, (select.POLLIN if "r" in events else 0) | (select.POLLOUT if "w" in events else 0))
         return bool(poll.poll(1000 * seconds))
-    # As on Windows, whose select() takes any socket, and tells of a connection that failed by the last list.
+    # Windows has no poll(); its select() takes any socket and reports a failed connect in the third list.
     reading, writing = ([descriptor] if event in events else [] for event in "rw")
     return any(select.select(reading, writing, writing, seconds))
 
@@ -1540,6 +1550,10 @@ def _keep_alive(sock: Any) -> None:
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _look_up(host: str, port: int, flags: int = 0) -> Iterable[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
 
 
 @contextlib.contextmanager
@@ -1554,9 +1568,14 @@ def _system_errors() -> Iterator[None]:
 
 
 def _is_of_the_system(error: OSError) -> bool:
-    """Tell whether a system call failed, or else a signal handler of the program raised this while it was made."""
-    if isinstance(error, (socket.gaierror, BoxerError)):
-        return not isinstance(error, BoxerError)
+    """Tell a failed system call from an OSError that a signal handler raised during one.
+
+    A handler leaves a frame of another module in the traceback.
+    """
+    if isinstance(error, BoxerError):
+        return False
+    if isinstance(error, (socket.gaierror, ssl.SSLError)):
+        return True
     trace, modules = error.__traceback__, set()
     while trace is not None:
         modules.add(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
@@ -1594,7 +1613,7 @@ class _Pool(Generic[_C]):
                 connection = self._assign(route, call)
             if connection.is_open:
                 try:
-                    connection.begin(call)
+                    connection.attach(call)
                     response: _Response = await connection.exchange(head, body)
                     return response
                 except BoxerConnectionError as error:
@@ -1615,17 +1634,13 @@ class _Pool(Generic[_C]):
         return new
 
     def _assign(self, route: _Route, call: _Call) -> Any:
-        """Return a connection for a call, an idle one or a new one; or else an event, for which it has to wait.
-
-        An idle connection is taken by one step, in which no signal handler can take it, too.
-        """
+        """Return a connection for a call, an idle one or a new one; or else an event, for which it has to wait."""
         with self._lock:
             if call not in self._busy and len(self._busy) >= self._size:
                 event = self._queue[call] = self._new_event()
                 return event
             self._busy[call] = None
-            while self._idle:
-                connection = self._idle.pop()
+            while (connection := self._pop_idle()) is not None:
                 if connection.route == route and connection.is_fit():
                     self._busy[call] = connection
                     return connection
@@ -1633,8 +1648,18 @@ class _Pool(Generic[_C]):
             new = self._busy[call] = self._new_connection(route)
             return new
 
+    def _pop_idle(self) -> _C | None:
+        """Take the connection that was used last, in one step; None: there is none."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
     async def _wait_for_turn(self, call: _Call, event: Any) -> None:
-        """Wait until `release` of another call hands over its turn; this time does not count."""
+        """Wait until `release` of another call hands over its turn.
+
+        Time spent here does not count against the timeout, unless the call is nested in another one of its thread.
+        """
         call.check(call.request.name)
         since, seconds = time.monotonic(), self._seconds_to_wait(call)
         call.cancellation.interrupt_by(event.set)
@@ -1651,17 +1676,24 @@ class _Pool(Generic[_C]):
             call.cancellation.interrupt_by(None)
             self._queue.pop(call, None)
             connection = self._busy.pop(call, None)
-            if connection is not None:
-                self._keep(connection) if connection.is_reusable and not self.is_closed else connection.close()
-            while self._queue and len(self._busy) < self._size:
-                following, event = next(iter(self._queue.items()))
-                self._busy[following] = None
-                event.set()
-                self._queue.pop(following, None)
+            try:
+                if connection is not None and connection.is_reusable and not self.is_closed:
+                    self._keep(connection)
+                elif connection is not None:
+                    connection.close()
+            finally:
+                self._hand_over_turns()
+
+    def _hand_over_turns(self) -> None:
+        while self._queue and len(self._busy) < self._size:
+            following, event = next(iter(self._queue.items()))
+            self._busy[following] = None
+            event.set()
+            self._queue.pop(following, None)
 
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
-        connection.end()
+        connection.detach()
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
@@ -1672,13 +1704,13 @@ class _Pool(Generic[_C]):
         last: Exception | None = None
         call.check(connection.peer)
         try:
-            addresses = list(await self._addresses(*connection.route.address, call))
+            addresses = list(await self._resolve(*connection.route.address, call))
         except _ConnectionEnd as end:
             addresses, last = [], end.loss
         while addresses:
             call.check(connection.peer)
             address = addresses.pop(0)
-            connection.begin(call)
+            connection.attach(call)
             try:
                 await connection.connect(address, min(call.deadline.left, _ADDRESS_TIME if addresses else math.inf))
                 return connection
@@ -1691,17 +1723,19 @@ class _Pool(Generic[_C]):
 
     def close(self) -> None:
         """Close what is idle, and end the calls that are going on."""
-        self.is_closed = True
-        while self._idle:
-            self._idle.pop().close()
+        with self._lock:
+            self.is_closed = True
+            while (connection := self._pop_idle()) is not None:
+                connection.close()
         for call in list(self.calls):
             call.cancellation.cancel("the client was closed")
 
     def leave_to_parent(self, null: int) -> None:
-        """In a forked child, let go of the parent's connections, which goes on with them.
+        """In a forked child, let go of the parent's connections, which the parent keeps using.
 
         /dev/null takes the place of each socket. Closing one would take it out of the epoll set of an event loop,
-        which the child shares with its parent. Only calls of the forking thread can go on here, to no avail.
+        which the child shares with its parent. Idle connections are dropped at their next use, since /dev/null is
+        always readable. Of the calls, only the forking thread's continue here, and they fail.
         """
         self._lock = threading.RLock()  # a thread that is not here may hold the other one
         connections = filter(None, (*self._busy.values(), *self._idle))
@@ -1717,12 +1751,12 @@ class _Pool(Generic[_C]):
     _new_event: Callable[[], Any]  # to be set once, and waited for by one call
     _new_connection: Callable[[_Route], _C]
     _seconds_to_wait: Callable[[_Call], Optional[float]]  # for a turn; None: for ever, since that does not count
-    _addresses: Callable[[str, int, _Call], Awaitable[Iterable[Any]]]  # look up a name
+    _resolve: Callable[[str, int, _Call], Awaitable[Iterable[Any]]]  # look up a name
     pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
 
 
 class _Pools(weakref.WeakSet):  # type: ignore[type-arg]
-    """All pools of the process. By value, as cloudpickle sends a module, it is empty."""
+    """All pools of the process. It pickles as empty, since cloudpickle may pickle this module by value."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Pools, ()
@@ -1818,7 +1852,7 @@ class _Client:
                         return response
                 except BoxerConnectionError as error:
                     pause = _pause_after(error, tries, call)
-                    error.request_sent = call.was_sent
+                    error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
                     if pause is None:
                         raise
                 await pool.pause(call, pause)
@@ -1841,9 +1875,10 @@ def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext 
 
 def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call: _Call) -> float | None:
     """Return the seconds to wait before another try, which the log is told of; None: there is no other."""
-    pause, log_level = tries.after(outcome) or (math.inf, 0)
-    if pause >= call.deadline.left:
+    following = tries.after(outcome)
+    if following is None or following[0] >= call.deadline.left:
         return None
+    pause, log_level = following
     call.check(call.request.name)
     reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
     _LOG.log(log_level, "%s: %s; trying again in %.2f s", call.request.name, reason[:200], pause)
@@ -1890,6 +1925,8 @@ class _SyncConnection(_Connection):
             tls = self._socket = context.wrap_socket(
                 self._socket, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
             )
+            if self._loss is not None:  # `abort` came while there was no socket to shut down
+                raise _ConnectionEnd(self._loss)
             while True:
                 try:
                     return tls.do_handshake()
@@ -1906,7 +1943,7 @@ class _SyncConnection(_Connection):
         return not self._unsent
 
     def send(self, data: _Piece) -> None:
-        self._unsent = memoryview(data)  # whatever came before has been taken
+        self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)  # a head may be unsent yet
         self._send_unsent()
 
     def _send_unsent(self) -> str:
@@ -1994,7 +2031,7 @@ class _SyncEvent:
     def set(self) -> None:
         self._queue.put(None)
 
-    async def wait(self, seconds: float | None = None) -> None:
+    async def wait(self, seconds: float | None) -> None:
         with contextlib.suppress(queue.Empty):
             self._queue.get(timeout=seconds)
 
@@ -2006,10 +2043,10 @@ class _SyncPool(_Pool[_SyncConnection]):
     _new_connection = _SyncConnection
 
     def _seconds_to_wait(self, call: _Call) -> float | None:
-        """Let the wait count in a call that its own thread made within another one, which then cannot go on."""
+        """Let the wait count if the call was made within another one of its thread, which it keeps from going on."""
         outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
         if sum(other in self._busy for other in outer) == self._size:
-            what = "no connection can get free: this call was made within others of its thread, which use all of them"
+            what = "it was made within calls of its own thread, which use every connection, so none gets free"
             raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _NoTurnError()
         return max(0.0, call.deadline.left) if outer else None
 
@@ -2018,9 +2055,9 @@ class _SyncPool(_Pool[_SyncConnection]):
         call.cancellation.interrupt_by(event.set)
         await event.wait(seconds)
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+    async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
         with _system_errors():
-            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return _look_up(host, port)
 
 
 class _OpenerRequest(urllib.request.Request):
@@ -2029,6 +2066,7 @@ class _OpenerRequest(urllib.request.Request):
     def __init__(self, origin: _Origin, call: _Call) -> None:
         request, host = call.request, _host_and_port(origin.authority, 0)[0]
         super().__init__(origin.url + request.target, origin_req_host=host, method=request.method)
+        self.host = origin.authority  # which urllib decodes, and with it the zone of an IPv6 address
         self.data: Any = request.body or None
         self.headers = {**origin.fields, **request.headers}
         if origin.proxy is not None:
@@ -2084,9 +2122,9 @@ class BoxerClient(_Client):
 
     The proxy for the server, if any, is what the environment names (http_proxy, https_proxy, no_proxy).
 
-    Every method raises BoxerValidationError before anything is sent, BoxerConnectionError if no answer came,
-    BoxerTimeoutError when time is up, and BoxerAPIError for any other answer than the one asked for. Each takes its
-    own `timeout` and `retries` in place of the client's.
+    BoxerValidationError is raised before anything is sent, BoxerConnectionError if no complete answer came,
+    BoxerTimeoutError when time is up, and BoxerAPIError if the server refused. Each call may pass its own `timeout`
+    and `retries`; `health` is not tried again unless asked to be.
     """
 
     def __init__(
@@ -2183,7 +2221,7 @@ class BoxerClient(_Client):
         remote_path: of the file, or of the folder. Default: the name of either.
 
         Raises BoxerValidationError, before anything is sent, for what is neither file nor folder, and for a link that
-        leaves the folder, leads nowhere, or to a folder it is in. Several files are sent at a time; each has a
+        leaves the folder, leads nowhere, or leads to a folder. Several files are sent at a time; each has a
         deadline of its own.
         """
         self._check_open()
@@ -2221,9 +2259,8 @@ class BoxerClient(_Client):
 
     async def _send(self, _pool: Any, call: _Call) -> _Response:
         """Send a request through the opener; its handlers may change it, or answer it themselves."""
-        seconds = call.deadline.left
         try:
-            response = self._opener.open(_OpenerRequest(self._origin, call), timeout=seconds)
+            response = self._opener.open(_OpenerRequest(self._origin, call), timeout=call.deadline.left)
         except urllib.error.HTTPError as error:  # raised by a handler that the user has added; it is a response
             response = error
         except urllib.error.URLError as error:
@@ -2309,7 +2346,7 @@ class _Uploads:
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
-    """A stream's protocol that keeps what came before a loss, and tells when something happens.
+    """A stream's protocol that keeps what arrived before the connection was lost, and wakes a waiting task.
 
     asyncio's own hides what has arrived as soon as the connection is lost.
     """
@@ -2322,7 +2359,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self.has_ended = False
         self.loss: Exception | None = None
         self.can_take_more = True
-        self._happening: asyncio.Future[None] | None = None
+        self._change: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -2331,11 +2368,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         self.arrived += len(data)
         super().data_received(data)
-        self._tell()
+        self._notify()
 
     def eof_received(self) -> bool | None:
         self.has_ended = True
-        self._tell()
+        self._notify()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -2343,10 +2380,10 @@ class _Protocol(asyncio.StreamReaderProtocol):
             self._receive_rest()
         self.has_ended, self.loss = True, self.loss or exc
         super().connection_lost(None)
-        self._tell()
+        self._notify()
 
     def _receive_rest(self) -> None:
-        """Receive what had arrived when a write failed, for the transport has not; over TLS that cannot be had."""
+        """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
         if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
             return
         # uvloop's sockets cannot be copied.
@@ -2362,16 +2399,16 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def resume_writing(self) -> None:
         self.can_take_more = True
         super().resume_writing()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self._happening is not None and not self._happening.done():
-            self._happening.set_result(None)
+    def _notify(self) -> None:
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
 
-    async def happening(self) -> None:
+    async def wait_for_change(self) -> None:
         """Wait until something arrives, the connection ends, or the transport can take more."""
-        self._happening = asyncio.get_running_loop().create_future()
-        await self._happening
+        self._change = asyncio.get_running_loop().create_future()
+        await self._change
 
 
 class _AsyncConnection(_Connection):
@@ -2382,6 +2419,7 @@ class _AsyncConnection(_Connection):
         self._loop = asyncio.get_running_loop()
         self._tcp = self._protocol = _Protocol(self._loop)  # of TCP, and of TLS over it, if there is any
         self._writers: list[asyncio.StreamWriter] = []  # the same two; if one is collected, it closes the connection
+        self._is_cut = False  # some of the request could not be sent
         self._alarm = _Alarm(self)
 
     async def connect(self, address: Any, seconds: float) -> None:
@@ -2398,12 +2436,15 @@ class _AsyncConnection(_Connection):
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         if context.protocol == ssl.PROTOCOL_TLS_SERVER:
             raise _ConnectionEnd(ssl.SSLError("ssl_context is one for servers"))
+        if self._has_arrived:
+            raise _ConnectionEnd(ssl.SSLError("the server did not wait for TLS to begin"))
         tcp, protocol = self._writers[0].transport, _Protocol(self._loop)
 
         async def start() -> None:
             transport = await self._loop.start_tls(
                 tcp, protocol, context, server_hostname=host, ssl_handshake_timeout=_LONGEST_WAIT
             )
+            # Nobody calls the new protocol's connection_made.
             if transport is not None:  # it may be None before Python 3.11, if the connection was aborted meanwhile
                 protocol.connection_made(transport)
                 self._protocol = protocol
@@ -2417,7 +2458,6 @@ class _AsyncConnection(_Connection):
 
     def _add_writer(self, protocol: _Protocol) -> None:
         assert protocol.transport is not None
-        self.call.cancellation.interrupt_by(self.abort)
         self._writers.append(asyncio.StreamWriter(protocol.transport, protocol, protocol.reader, self._loop))
 
     async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
@@ -2427,7 +2467,6 @@ class _AsyncConnection(_Connection):
             piece = next(pieces, None)
         else:
             piece = await _in_thread(self.call, next, pieces, None)
-            self.call.cancellation.interrupt_by(self.abort)
         for _ in range(
             0 if self.is_quiet() else 2
         ):  # let the loop receive an early answer: a write that fails loses it
@@ -2436,17 +2475,18 @@ class _AsyncConnection(_Connection):
 
     def send(self, data: _Piece) -> None:
         self._writers[-1].write(data)
-        self.has_sent = self.has_sent or not self._writers[0].is_closing()
+        is_lost = self._writers[0].is_closing() or (self.is_tls and self._protocol.has_ended)
+        self.has_sent, self._is_cut = self.has_sent or not is_lost, self._is_cut or is_lost
 
     @property
     def all_is_taken(self) -> bool:  # type: ignore[override]
-        # A transport that is closing has forgotten what it had not sent, but not that this was too much for it.
+        # A closing transport has dropped its buffer, but a full buffer still shows in `can_take_more`.
         unsent = (writer.transport.get_write_buffer_size() for writer in self._writers)
-        return self._protocol.can_take_more and (self._writers[0].is_closing() or not any(unsent))
+        return not self._is_cut and self._protocol.can_take_more and (self._writers[0].is_closing() or not any(unsent))
 
     async def drain(self) -> bytes:
         while not self._protocol.can_take_more and not self._has_arrived:
-            await self._protocol.happening()
+            await self._protocol.wait_for_change()
         return await self.receive() if self._has_arrived else b""
 
     async def receive(self) -> bytes:
@@ -2470,12 +2510,13 @@ class _AsyncConnection(_Connection):
         # The loop may have been too busy to look.
         return not self._has_arrived and self.fileno() >= 0 and not _wait_for(self.fileno(), "r", 0)
 
-    def begin(self, call: _Call) -> None:
-        super().begin(call)
+    def attach(self, call: _Call) -> None:
+        super().attach(call)
+        self._is_cut = False
         self._alarm.set(call.deadline)
 
-    def end(self) -> None:
-        super().end()
+    def detach(self) -> None:
+        super().detach()
         self._alarm.deadline = None
 
     def close(self) -> None:
@@ -2501,9 +2542,9 @@ class _AsyncConnection(_Connection):
 class _Alarm:
     """Aborts a connection at the deadline of its call.
 
-    What has arrived by then counts, even if the loop was too busy to look. So while more is received at each turn of
-    the loop, the alarm waits for the next turn; and for two without, since a loop may look at its timers first.
-    A timer that is left of an earlier call is used again if it rings in time: it finds the new deadline.
+    Data that arrived before the deadline counts, even if a busy loop has not read it yet. So the alarm aborts only
+    after two turns of the loop without new data (a loop may run its timers before its reads). A timer left over from
+    an earlier call is kept if it rings early enough: it then sees the new deadline.
     """
 
     def __init__(self, connection: _AsyncConnection) -> None:
@@ -2545,7 +2586,7 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Ca
     task = asyncio.ensure_future(awaitable)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the loop reports what nobody asks for
     interrupt = end or task.cancel
-    call.cancellation.interrupt_by(lambda: task.get_loop().is_closed() or interrupt())
+    earlier = call.cancellation.interrupt_by(lambda: task.get_loop().is_closed() or interrupt())
     try:
         done, _ = await asyncio.wait((task,), timeout=max(0.0, seconds))
     except GeneratorExit:  # nobody waits for the call any more, so it cannot wait either
@@ -2556,7 +2597,7 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Ca
         await _ended(task, interrupt)
         raise
     finally:
-        call.cancellation.interrupt_by(None)
+        call.cancellation.interrupt_by(earlier)
     if not done:
         await _ended(task, interrupt)
     if not done or task.cancelled() or call.cancellation.reason is not None:
@@ -2612,13 +2653,13 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         with contextlib.suppress(_ConnectionEnd):
             await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
 
-    async def _addresses(self, host: str, port: int, call: _Call) -> Iterable[Any]:
-        await self._end_of_loop.__anext__()  # let the generator begin
+    async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+        await self._end_of_loop.__anext__()  # start the generator here, so that the loop, at its end, closes it
         with _system_errors():
             if host == "localhost":
-                return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # this takes no time and no thread
+                return _look_up(host, port)  # this takes no time and no thread
             with contextlib.suppress(socket.gaierror):  # the same goes for an address
-                return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+                return _look_up(host, port, socket.AI_NUMERICHOST)
             return await _in_thread(call, _look_up, host, port)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
@@ -2649,10 +2690,6 @@ class _AsyncPool(_Pool[_AsyncConnection]):
     def leave_to_parent(self, null: int) -> None:
         super().leave_to_parent(null)
         self._is_of_parent = True
-
-
-def _look_up(host: str, port: int) -> Iterable[Any]:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class AsyncBoxerClient(_Client):
@@ -2745,7 +2782,7 @@ class AsyncBoxerClient(_Client):
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
 
         Several files are sent at a time. Raises BoxerValidationError, before anything is sent, for what is neither file
-        nor folder, and for a link that leaves the folder, leads nowhere, or to a folder it is in.
+        nor folder, and for a link that leaves the folder, leads nowhere, or leads to a folder.
         """
         self._check_open()
         walk = self._new_call(_HEALTH_REQUEST, None)  # nothing is sent yet: this has no deadline

@@ -5194,7 +5194,7 @@ def test_callers_who_make_thousands_of_calls_get_their_own_answers(
     with Host(lambda request: [answer({**RUN, "stdout": request.json["cmd"][0]})]) as host:
         rows = in_rows(client_of(host.url, max_connections=connections), [[run(name) for name in row] for row in names])
         assert [[result.stdout for result in row] for row in rows] == names
-    assert host.connections <= connections
+    assert host.connections <= 2 * connections  # on a busy machine, one may be idle for so long that it is replaced
 
 
 def test_many_files_go_over_eight_connections_at_most(client_of: Clients, many: Path) -> None:
@@ -5319,6 +5319,11 @@ def test_when_nobody_answers_the_error_names_host_and_port(client_of: Clients) -
             with pytest.raises(BoxerConnectionError, match=rf"^{re.escape(authority)}: ") as caught:
                 getattr(client, method)(*args)
             assert isinstance(caught.value.__cause__, OSError) and not caught.value.request_sent
+
+
+def test_an_address_that_cannot_be_reached_is_a_connection_error(client_of: Clients) -> None:
+    got = outcome(client_of("http://[fe80::1]:9", retries=0), RUN_IT)  # link-local, and no link is named
+    assert is_expected(got, lost("fe80::1:9: no connection could be made")) and not got.request_sent
 
 
 def test_a_name_nobody_knows_is_a_connection_error(client_of: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5518,9 +5523,14 @@ def test_an_ssl_context_makes_no_tls_of_http(client_of: Clients, ca: trustme.CA)
         assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
 
 
+def half_close(sock: Any) -> None:
+    with contextlib.suppress(OSError):  # the client may have closed it already
+        sock.shutdown(socket.SHUT_WR)
+
+
 def test_plaintext_where_tls_should_be_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
     for said in (failing("400 Bad Request"), b"", b"\x16\x03\x01"):
-        with Peer([[said, Do.HALF_CLOSE, Do.DRAIN]]) as peer:
+        with Peer([[said, half_close, Do.DRAIN]]) as peer:
             client = client_of(peer.url.replace("http:", "https:"), ssl_context=trusting(ca), retries=0)
             error = outcome(client, RUN_IT)
             assert is_expected(error, lost(peer.authority)) and not error.request_sent
@@ -6754,6 +6764,26 @@ def closed_meanwhile(client: Any, calls: list[Call], waiting: threading.Event) -
         waiting.wait(30)
         client.close()
         return [future.exception() for future in futures]
+
+
+def test_an_upload_whose_end_could_not_be_sent_did_not_succeed(client_of: Clients) -> None:
+    """The server reports success and resets the connection while the file's last piece is read."""
+    is_reset = threading.Event()
+
+    class Last(Unseekable):
+        def read(self, size: int = -1) -> bytes:
+            piece = super().read(size)
+            assert piece or not size or is_reset.wait(30)
+            return piece
+
+    def reset(sock: Any) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(sock.detach())
+        is_reset.set()
+
+    with Peer([[Do.HEAD, STORED, reset, Do.FIN]]) as peer:
+        got = outcome(client_of(peer.url, retries=0), upload(Last(b"content")))
+    assert type(got) is BoxerConnectionError, got
 
 
 def test_closing_a_client_ends_the_calls_that_pause(client_of: Clients, is_pausing: threading.Event) -> None:
@@ -8191,21 +8221,41 @@ def test_a_call_within_a_call_waits_for_others_no_longer_than_its_deadline(ringi
     assert is_expected(inner[0], (BoxerTimeoutError, 0, "0.2 s")), inner
 
 
-@pytest.mark.parametrize("name", ["send", "recv"])
-def test_what_a_signal_handler_raises_right_after_a_system_call_leaves_as_it_is(name: str) -> None:
-    def ring(frame: Any, event: str, function: Any) -> None:
-        if event == "c_return" and function.__name__ == name and frame.f_code.co_filename == boxer.__file__:
-            sys.setprofile(None)
-            raise TimeoutError("the alarm")
+@contextlib.contextmanager
+def after(name: str, react: Callable[[], None]) -> Iterator[None]:
+    """Do something in this thread right after a built-in function has returned, as a signal handler would; once."""
 
-    with Host(lambda _: [WELL]) as host, BoxerClient(host.url, max_connections=1) as client:
-        sys.setprofile(ring)
-        try:
-            with pytest.raises(TimeoutError, match=r"^the alarm$"):
-                client.download_file("a.txt")
-        finally:
+    def look(_: Any, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ == name:
             sys.setprofile(None)
+            react()
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("the alarm"), BoxerConnectionError("of another client")], ids=repr)
+@pytest.mark.parametrize("name", ["send", "recv", "connect_ex"])
+def test_what_a_signal_handler_raises_right_after_a_system_call_leaves_as_it_is(name: str, error: Exception) -> None:
+    def ring() -> None:
+        raise error
+
+    with Host(lambda _: [WELL]) as host, BoxerClient(host.url, max_connections=1, retries=0) as client:
+        with pytest.raises(type(error), match=re.escape(str(error))) as raised, after(name, ring):
+            client.download_file("a.txt")
+        assert raised.value is error
         assert client.health()
+
+
+def test_a_client_that_is_closed_as_tls_begins_ends_its_call(ca: trustme.CA) -> None:
+    with Peer([[Do.DRAIN]]) as peer:
+        client = BoxerClient(f"https://{peer.authority}", ssl_context=trusting(ca))
+        with after("detach", client.close):  # ssl has taken the plain socket away
+            got = outcome(client, RUN_IT)
+    assert is_expected(got, lost("the client was closed")), got
 
 
 class Asking(io.BytesIO):
@@ -8482,8 +8532,8 @@ def test_handshakes_that_do_not_come_are_all_given_up_on_another_loop(other_loop
             got.append(call.exception())
         return got
 
-    with Peer([[Do.DRAIN]] * 20) as peer:
-        client = other_loop(f"https://{peer.authority}")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:  # which accepts nothing
+        client = other_loop(f"https://127.0.0.1:{listener.getsockname()[1]}")
         got = client.loop.run_until_complete(main(client.client))
     assert [error for error in got if not is_expected(error, (BoxerTimeoutError, 0, "0.03"))] == []
 
