@@ -1389,7 +1389,7 @@ class _Connection:
     def __init__(self, route: _Route) -> None:
         self.route = route
         self.peer = "{}:{}".format(*route.address)  # for the texts of errors
-        self.is_open = False
+        self.was_opened = False
         self.is_reusable = False  # the last exchange left the connection fit for another one
         self.idle_since = 0.0
         self.is_tls = False
@@ -1413,7 +1413,7 @@ class _Connection:
             raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
-        self.is_open = True
+        self.was_opened = True
         return None
 
     async def _open_tunnel(self, route: _Route) -> _Response | None:
@@ -1611,7 +1611,7 @@ class _Pool(Generic[_C]):
             if not isinstance(connection, _Connection):
                 await self._wait_for_turn(call, connection)
                 connection = self._assign(route, call)
-            if connection.is_open:
+            if connection.was_opened:
                 try:
                     connection.attach(call)
                     response: _Response = await connection.exchange(head, body)
@@ -1741,7 +1741,7 @@ class _Pool(Generic[_C]):
         connections = filter(None, (*self._busy.values(), *self._idle))
         for descriptor in {connection.fileno() for connection in connections} - {-1}:
             os.dup2(null, descriptor, inheritable=False)
-        self._of_parent = self._busy  # kept, so that nothing complains of an unclosed connection
+        self._parents_calls = self._busy  # kept, so that nothing complains of an unclosed connection
         self._busy = {call: own for call, own in self._busy.items() if call.thread == threading.get_ident()}
         self._queue.clear()
         self.calls = {call for call in self.calls if call.thread == threading.get_ident()}
@@ -2014,7 +2014,7 @@ class _SyncConnection(_Connection):
             self._shut_down(self._socket)
 
     def _shut_down(self, sock: socket.socket) -> None:
-        """Tell the peer that it is over, even if a forked child has a copy of the socket."""
+        """End what another thread waits for on the socket, and tell the peer."""
         with contextlib.suppress(OSError):  # the connection may be closed already
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would forget its TLS, which may be in use
 
@@ -2066,7 +2066,7 @@ class _OpenerRequest(urllib.request.Request):
     def __init__(self, origin: _Origin, call: _Call) -> None:
         request, host = call.request, _host_and_port(origin.authority, 0)[0]
         super().__init__(origin.url + request.target, origin_req_host=host, method=request.method)
-        self.host = origin.authority  # which urllib decodes, and with it the zone of an IPv6 address
+        self.host = origin.authority  # again, since urllib decodes it, and with it the zone of an IPv6 address
         self.data: Any = request.body or None
         self.headers = {**origin.fields, **request.headers}
         if origin.proxy is not None:
@@ -2467,9 +2467,8 @@ class _AsyncConnection(_Connection):
             piece = next(pieces, None)
         else:
             piece = await _in_thread(self.call, next, pieces, None)
-        for _ in range(
-            0 if self.is_quiet() else 2
-        ):  # let the loop receive an early answer: a write that fails loses it
+        if not self.is_quiet():  # let the loop receive an early answer: a write that fails would lose it
+            await asyncio.sleep(0)
             await asyncio.sleep(0)
         return piece
 
@@ -2641,7 +2640,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         super().__init__(size)
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
-        self._is_of_parent = False  # this process is a forked child
+        self._was_forked = False  # this process is a forked child
 
     _new_event = _AsyncEvent
     _new_connection = _AsyncConnection
@@ -2679,7 +2678,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
 
     def abandon(self) -> None:
         """Close everything from another loop, or after the end of this one."""
-        if self._is_of_parent:
+        if self._was_forked:  # call_soon_threadsafe would write to the parent's loop
             return
         if self.loop.is_running():
             with contextlib.suppress(RuntimeError):  # it has been closed meanwhile
@@ -2689,7 +2688,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
 
     def leave_to_parent(self, null: int) -> None:
         super().leave_to_parent(null)
-        self._is_of_parent = True
+        self._was_forked = True
 
 
 class AsyncBoxerClient(_Client):
