@@ -38,22 +38,29 @@ import binascii
 import calendar  # noqa: F401 - email.utils imports it in a call, and then a fork may interrupt that
 import collections
 import contextlib
+import contextvars
 import copy
 import email.message
 import email.utils
 import encodings.idna  # noqa: F401 - a name look-up needs it; imported here, since a fork may interrupt a later import
 import enum
 import errno
+import fnmatch
 import html
+import inspect
 import io
+import ipaddress
 import json
 import logging
 import math
+import numbers
+import operator
 import os
 import queue
 import random
 import re
 import select
+import shlex
 import socket
 import ssl
 import stat
@@ -69,17 +76,16 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
-    Coroutine,
     Generator,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, NamedTuple, Optional, TypeVar, Union, cast
+from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union
 
 __version__ = "1.0.0"
 
@@ -116,6 +122,7 @@ _CLIENTS_OWN = _Default.CLIENT
 # What parameters may be given as.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
 Environment = Union[Mapping[str, str], Iterable[str]]
+Network = Union[Literal["none", "sandbox", "host"], str]  # noqa: PYI051 - an editor offers the three
 Limits = Union["ResourceLimits", Mapping[str, Any]]
 Timeout = Union[float, None, _Default]
 
@@ -139,6 +146,8 @@ _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
+_SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
+_SHOWN_LINES = 5  # of a program's output in an error
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
@@ -146,6 +155,7 @@ _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
 _TIMER_STEP = 0.002  # by which a timer may ring early
+_SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 
 # Of tries.
@@ -181,22 +191,36 @@ class ResourceLimits:
     def to_dict(self) -> dict[str, Any]:
         """Return the limits that are set, by their JSON names; they are checked again, since they can be changed."""
         values = ((name, getattr(self, name)) for name in ResourceLimits.__dataclass_fields__)
-        return {name: _checked_limit(name, value) for name, value in values if value is not None}
+        return {
+            name: _real_number(name, value) if name == "cpu_cores" else _whole_number(name, value)
+            for name, value in values
+            if value is not None
+        }
 
 
-def _checked_limit(name: str, value: Any) -> float:
-    is_whole = name != "cpu_cores"
-    if isinstance(value, float) and value.is_integer() and is_whole:
-        value = int(value)
-    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and not is_whole)
-    if isinstance(value, bool) or not is_number:
-        raise BoxerValidationError(f"{name} must be a {'whole' if is_whole else 'finite'} number, not {value!r}")
-    if not 0 <= value < 2**63:
-        raise BoxerValidationError(f"{name} must be from 0 (the server's default) to 2**63 - 1")
-    return value  # type: ignore[no-any-return]  # checked above
+def _whole_number(name: str, value: Any, least: int = 0) -> int:
+    """Check a count: an int, a whole float, or what has `__index__`, such as numpy's integers."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = -1
+    if least <= number < 2**63 and not isinstance(value, bool):
+        return number
+    raise BoxerValidationError(f"{name} must be a whole number from {least} to 2**63 - 1, not {value!r}")
 
 
-@dataclass(frozen=True)
+def _real_number(name: str, value: Any) -> float:
+    """Check a number that may have a fraction; an int stays one."""
+    if _is_real(value) and 0 <= value < 2**63:
+        return value if isinstance(value, int) else float(value)
+    raise BoxerValidationError(f"{name} must be a finite number from 0 to 2**63 - 1, not {value!r}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, repr=False)
 class RunRequest:
     """What a run is asked to do: to keep, compare or show, and to send with `client.run(**vars(request))`.
 
@@ -209,58 +233,55 @@ class RunRequest:
     cmd: Sequence[str]
     env: Optional[Environment] = None
     cwd: Optional[str] = None
-    limits: Optional[Limits] = None
+    limits: Optional[Limits] = field(default=None, hash=False)  # ResourceLimits can be changed
     files: Optional[Sequence[str]] = None
     persist: bool = False
-    network: Optional[str] = None
+    network: Optional[Network] = None
 
     def __post_init__(self) -> None:
+        if not _text("image", self.image).strip():
+            raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
+        command = _texts("cmd", self.cmd)
+        if not command or not command[0]:
+            raise BoxerValidationError("cmd is empty; give the program and its arguments, for instance ['echo', 'hi']")
         self.__dict__.update(  # bypasses the frozen dataclass's __setattr__
-            image=_image(self.image),
-            cmd=_command(self.cmd),
+            cmd=command,
             env=_environment(self.env) if self.env else (),
             cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
             limits=None if self.limits is None else _limits(self.limits),
-            files=_files(self.files) if self.files else (),
+            files=tuple(_path("a path in files", path) for path in _texts("files", self.files)) if self.files else (),
             network=None if self.network is None else _text("network", self.network) or None,
         )
 
     def __repr__(self) -> str:
-        names = [entry.partition("=")[0] for entry in self.env or ()]
-        shown = {**self.__dict__, "env": names}
+        shown = {**vars(self), "env": [entry.partition("=")[0] for entry in self.env or ()]}
         return f"RunRequest({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def _text(name: str, value: Any) -> str:
+    """Check a text: what it holds has to reach the server, and the program, as it is."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, not {type(value).__name__}")
+    problem = "a NUL character, where the server would cut it off" if "\0" in value else ""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        problem = "a lone surrogate, which is no character"
+    if problem:  # raised outside of the `except`: that error holds the whole text, which may be a secret
+        raise BoxerValidationError(f"{name} has {problem}")
     return value
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str):
         example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # an entry of env may be a secret
+        if name == "cmd":
+            with contextlib.suppress(ValueError):  # an unclosed quote
+                example = str(shlex.split(values))
         raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
-    if isinstance(values, (bytes, Mapping)):
+    if isinstance(values, bytes) or hasattr(values, "keys"):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
-    texts = tuple(values)
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"each of {name} must be str, not {type(text).__name__}")
-    return texts
-
-
-def _image(image: Any) -> str:
-    if not _text("image", image).strip():
-        raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
-    return image  # type: ignore[no-any-return]  # checked above
-
-
-def _command(cmd: Any) -> tuple[str, ...]:
-    words = _texts("cmd", cmd)
-    if not words or not words[0]:
-        raise BoxerValidationError("cmd is empty; give the program and its arguments, for instance ['echo', 'hi']")
-    return words
+    return tuple([_text(f"each of {name}", text) for text in values])
 
 
 def _environment(env: Any) -> tuple[str, ...]:
@@ -271,10 +292,9 @@ def _environment(env: Any) -> tuple[str, ...]:
             _text(f"the value of {name!r} in env", value)
         env = ["=".join(item) for item in env.items()]
     entries = _texts("env", env)
-    for entry in entries:
-        if entry.find("=") < 1:
-            # The entry is not shown: it may be a secret whose name was forgotten.
-            raise BoxerValidationError("an entry of env is not of the form NAME=value")
+    if any(entry.find("=") < 1 for entry in entries):
+        # The entry is not shown: it may be a secret whose name was forgotten.
+        raise BoxerValidationError("an entry of env is not of the form NAME=value")
     return entries
 
 
@@ -290,17 +310,20 @@ def _limits(limits: Any) -> ResourceLimits:
     return ResourceLimits(**limits)
 
 
-def _files(files: Any) -> tuple[str, ...]:
-    return tuple(map(_path, _texts("files", files)))
-
-
-def _path(path: Any) -> str:
-    if not _text("path", path):
-        raise BoxerValidationError("a path is empty; name a file in the server's store, for instance 'data/input.txt'")
+def _path(name: str, path: Any) -> str:
+    if not _text(name, path):
+        raise BoxerValidationError(f"{name} is empty; name a file in the server's store, for instance 'data/input.txt'")
     return str.__str__(path)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
-@dataclass
+def _clean_path(name: str, path: Any) -> str:
+    """Check a path below a folder: it must not lead out of it."""
+    if {".", ".."} & set(_path(name, path).split("/")):
+        raise BoxerValidationError(f"{name} must have no '.' or '..' segment, as {path!r} has")
+    return _path(name, path)
+
+
+@dataclass(repr=False)
 class RunResult:
     """What came of a run that ended by itself, whatever its exit code.
 
@@ -317,13 +340,15 @@ class RunResult:
     wall_ms: int
 
     def __post_init__(self) -> None:
-        kinds = type(self.exec_id), type(self.exit_code), type(self.stdout), type(self.stderr), type(self.wall_ms)
-        if kinds == (str, int, str, str, int):  # fast path: no subclasses
-            return
         for name, kind in _RESULT_TYPES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
+
+    def __repr__(self) -> str:
+        """Show no more than the begin of long text."""
+        shown = ", ".join(f"{name}={_shortened(value)}" for name, value in vars(self).items())
+        return f"RunResult({shown})"
 
     @property
     def ok(self) -> bool:
@@ -337,11 +362,23 @@ class RunResult:
         return self
 
     def output_path(self, path: str) -> str:
-        """Return where `download_file` finds what the run wrote to /output/`path` (with `persist=True`)."""
-        return f"output/{self.exec_id}/{_path(path)}"
+        """Return where `download_file` finds what the run wrote to /output/`path` (with `persist=True`).
+
+        path: below /output, such as "a/b.json" or "/output/a/b.json".
+        """
+        below = re.sub(r"\A/output/", "", _clean_path("path", path))
+        if below.startswith("/"):
+            raise BoxerValidationError("path must be relative, or begin with /output/")
+        return f"output/{self.exec_id}/{_path('path', below)}"
 
 
 _RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str, "wall_ms": int}
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, str) and len(value) > _SHOWN_SIZE:
+        return f"{value[:_SHOWN_SIZE]!r}… ({len(value):,} characters)"
+    return repr(value)
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -379,18 +416,18 @@ class BoxerConnectionError(BoxerError, ConnectionError):
 
 
 class BoxerExitError(BoxerError):
-    """A run with `check=True` ended with an exit code other than 0.
+    """A run with `check=True` ended with an exit code other than 0; the text ends with what the program said last.
 
     result: the RunResult.
     """
 
     def __init__(self, result: RunResult) -> None:
-        lines = _printable(result.stderr[-_REASON_SIZE:], keep="\n").strip().split("\n")
-        super().__init__(f"exit code {result.exit_code}" + (f": {lines[-1]}" if lines[-1] else ""))
+        super().__init__(result)
         self.result = result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.result,), self.__dict__
+    def __str__(self) -> str:
+        said = _last_words(self.result.stderr) or _last_words(self.result.stdout)
+        return f"exit code {self.result.exit_code}" + (f": {said}" if said else "")
 
 
 class BoxerAPIError(BoxerError):
@@ -400,11 +437,11 @@ class BoxerAPIError(BoxerError):
     """
 
     def __init__(self, message: str, status_code: int) -> None:
-        super().__init__(message)
+        super().__init__(message, status_code)
         self.status_code = status_code
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.status_code), self.__dict__
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BoxerTimeoutError(BoxerAPIError):
@@ -421,12 +458,26 @@ class BoxerOutputLimitError(BoxerAPIError):
 
 _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
-# Control characters, and characters that reorder text: text of a server or a program must not bring them to a terminal.
-_UNPRINTABLE = "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+# Terminal escapes (ECMA-48: control strings, control sequences, others), control characters, and characters that
+# reorder text: text of a server or a program must not bring them to a terminal.
+_ESCAPE = r"\x1b(?:[]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|\Z)|\[[0-?]*[ -/]*[@-~]|[ -/]*[0-~])"
+_UNPRINTABLE = rf"{_ESCAPE}|[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+# Lines that say nothing of what went wrong: frames of a stack, rules and markers, Node's version.
+_NOISE = (
+    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v[0-9.]+)"
+    r"|\s*\+[-+]+ [0-9]+ -+|[\W_]*"
+)
 
 
 def _printable(text: str, keep: str = "") -> str:
-    return re.sub(_UNPRINTABLE, lambda match: match[0] if match[0] in keep else " ", text)
+    return re.sub(_UNPRINTABLE, lambda match: match[0] if match[0] in keep else " " * (match[0][0] != "\x1b"), text)
+
+
+def _last_words(output: str) -> str:
+    """Return the last few lines of an output that say something."""
+    lines = [line.rstrip() for line in _printable(output[-_REASON_SIZE * 8 :], keep="\n\t").split("\n")]
+    words = "\n".join([line for line in lines if not re.fullmatch(_NOISE, line)][-_SHOWN_LINES:])
+    return words.strip() if len(words) <= _SHOWN_SIZE else "…" + words[-_SHOWN_SIZE:]
 
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
@@ -450,6 +501,7 @@ class _Request(NamedTuple):
     body: Union[bytes, _Multipart]
     kind: _Kind = _Kind.OTHER
     extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
+    path: str = ""  # of the file in the server's store that it is about, for the texts of errors
 
     @property
     def name(self) -> str:
@@ -458,58 +510,29 @@ class _Request(NamedTuple):
 
 
 _HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def _run_request(
-    image: Any, cmd: Any, env: Any, cwd: Any, limits: Any, files: Any, persist: Any, network: Any
-) -> _Request:
-    """Check and encode what makes up a RunRequest; what is empty is left out."""
-    given_limits = {} if limits is None else _limits(limits).to_dict()
-    text = f'{{"image":{_json_string(_image(image))},"cmd":{_json_array(_command(cmd))}'
-    if env:
-        text += f',"env":{_json_array(_environment(env))}'
-    if cwd is not None and _text("cwd", cwd):
-        text += f',"cwd":{_json_string(cwd)}'
-    if given_limits:
-        text += f',"limits":{json.dumps(given_limits)}'
-    if files:
-        text += f',"files":{_json_array(_files(files))}'
-    if persist:
-        text += ',"persist":true'
-    if network is not None and _text("network", network):
-        text += f',"network":{_json_string(network)}'
-    body = _utf8("run", text + "}")
+def _run_request(run: RunRequest) -> _Request:
+    limits = _limits(run.limits).to_dict() if run.limits else {}
+    members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
+    body = _JSON.encode({name: value for name, value in members.items() if value}).encode()
     headers = {"Content-type": "application/json", "Content-length": str(len(body))}
-    kind = _Kind.RUN if network in (None, "", "none") else _Kind.NETWORKED_RUN
-    return _Request("POST", "/run", headers, body, kind, min(given_limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
-
-
-_json_string = json.encoder.encode_basestring  # a JSONEncoder takes three times as long for the whole of a run
-
-
-def _json_array(texts: Iterable[str]) -> str:
-    return f"[{','.join([_json_string(text) for text in texts])}]"
+    kind = _Kind.RUN if run.network in (None, "none") else _Kind.NETWORKED_RUN
+    return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
 
 
 def _upload_request(remote_path: str, content: Content) -> _Request:
-    body = _Multipart(_path(remote_path), content)
+    path = _clean_path("remote_path", remote_path)
+    body = _Multipart(path, content)
     kind = f"multipart/form-data; boundary={body.boundary}"
     framing = {"Transfer-encoding": "chunked"} if body.length is None else {"Content-length": str(body.length)}
-    return _Request("POST", "/files", {"Content-type": kind, **framing}, body)
+    return _Request("POST", "/files", {"Content-type": kind, **framing}, body, path=path)
 
 
 def _download_request(path: str) -> _Request:
-    query = urllib.parse.quote(_utf8("path", _path(path)), safe="/")
-    return _Request("GET", f"/files?path={query}", {}, b"", _Kind.DOWNLOAD)
-
-
-def _utf8(name: str, text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        problem = str(error)
-    # Raised outside of the `except`: the error above holds the whole text, which may hold secrets.
-    raise BoxerValidationError(f"the {name} has a lone surrogate in it, which is no character: {problem}")
+    path = _path("path", path)
+    return _Request("GET", f"/files?path={urllib.parse.quote(path, safe='/')}", {}, b"", _Kind.DOWNLOAD, path=path)
 
 
 class _Multipart:
@@ -522,10 +545,8 @@ class _Multipart:
     def __init__(self, path: str, content: Content) -> None:
         self.boundary = os.urandom(16).hex()
         part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
-        before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        self._before = before.encode()
-        between, end = f'\r\n{part}path"\r\n\r\n', f"\r\n--{self.boundary}--\r\n"
-        self._after = between.encode() + _utf8("path", path) + end.encode()
+        self._before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
+        self._after = f'\r\n{part}path"\r\n\r\n{path}\r\n--{self.boundary}--\r\n'.encode()
         self._content = _content(content)
         self._size = _size(self._content)
         # The length of the body in bytes; None if it cannot be known before it was sent.
@@ -559,8 +580,12 @@ class _Multipart:
 
 def _read(file: Any, size: int) -> bytes:
     piece = file.read(size)
+    if inspect.isawaitable(piece):
+        if hasattr(piece, "close"):
+            piece.close()  # a coroutine that is never awaited would warn
+        raise TypeError("content is an asynchronous file; give an ordinary one, or the bytes that it reads")
     if not isinstance(piece, bytes):
-        raise TypeError(f"a binary file must give bytes, not {type(piece).__name__}")
+        raise TypeError(f"content must be a binary file, opened with mode 'rb': its read() gave {type(piece).__name__}")
     return piece
 
 
@@ -575,18 +600,22 @@ def _read_whole(file: IO[bytes], size: int) -> Iterator[bytes]:
         left -= len(piece)
         yield piece
     if left != 0 or _read(file, 1):
-        raise BoxerError("the file changed its size while it was sent; the upload was broken off")
+        raise BoxerError("the file changed its size while it was sent, so the upload was stopped")
 
 
 def _content(content: Any) -> memoryview | IO[bytes]:
     if isinstance(content, str):
-        content = _utf8("content", content)
+        _text("content", content.replace("\0", " "))  # NUL is fine in a file
+        content = content.encode("utf-8")
     if isinstance(content, (bytes, bytearray, memoryview)):
         return memoryview(content).cast("B")
+    if isinstance(content, os.PathLike):
+        raise TypeError(
+            "content must be bytes, str or a binary file, not a path; `upload_path` sends what is at a path"
+        )
     if not hasattr(content, "read"):
         raise TypeError(f"content must be bytes, str or a binary file, not {type(content).__name__}")
-    if isinstance(content, io.TextIOBase) or isinstance(content.read(0), str):
-        raise TypeError("content is a file in text mode; open it with mode 'rb'")
+    _read(content, 0)
     return content  # type: ignore[no-any-return]  # something with read()
 
 
@@ -597,30 +626,42 @@ def _size(content: memoryview | IO[bytes]) -> int | None:
     try:
         content.seek(0, os.SEEK_END)
         return content.tell()
-    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is both of the last
         return None
 
 
-def _local_files(local_path: str | os.PathLike[str], remote_path: str | None) -> list[_LocalFile]:
+def _local_files(
+    local_path: str | os.PathLike[str], remote_path: str | None, exclude: Iterable[str]
+) -> list[_LocalFile]:
     """Return what `upload_path` is to send, (local, remote), in the order of the sorted local paths."""
     local, root = Path(local_path), Path(local_path).resolve()
+    folder = root if local.name in ("", "..") else local
+    prefix = _clean_path("remote_path", folder.name if remote_path is None else remote_path)
     if not root.is_dir():
-        return [(_regular(local, root), _path(local.name if remote_path is None else remote_path))]
-    name = root.name if local.name in ("", "..") else local.name
-    prefix = name if remote_path is None else _text("remote_path", remote_path).rstrip("/")
-    paths = sorted(_walk(root))
-    return [(_regular(path, _target(path, root)), _remote(prefix, path.relative_to(root))) for path in paths]
+        return [(_regular_file(local, root), prefix)]
+    prefix = _path("remote_path", prefix.rstrip("/"))
+    patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
+    paths = sorted(_walk(root, patterns))
+    names = [_clean_path(f"the name {str(path)!r}", path.relative_to(root).as_posix()) for path in paths]
+    return [(_regular_file(path, _target(path, root)), f"{prefix}/{name}") for path, name in zip(paths, names)]
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield what is below a folder and is no folder itself; links are not followed."""
+def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[Path]:
+    """Yield what is below a folder, is no folder itself, and is not excluded; links are not followed."""
     folders = [root]
     while folders:
         for path in folders.pop().iterdir():
+            parts = path.relative_to(root).parts
+            if any(_matches(parts, pattern) or _matches(parts[-1:], pattern) for pattern in patterns):
+                continue
             if path.is_dir() and not path.is_symlink():
                 folders.append(path)
             else:
                 yield path
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
 
 
 def _target(path: Path, root: Path) -> Path:
@@ -630,24 +671,18 @@ def _target(path: Path, root: Path) -> Path:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a loop is a RuntimeError before Python 3.13
-        raise BoxerValidationError(f"{_shown(path)} is a link that leads nowhere; remove it") from error
+        raise BoxerValidationError(f"{str(path)!r} is a link that leads nowhere; remove or exclude it") from error
     if target.is_dir():
-        raise BoxerValidationError(f"{_shown(path)} is a link to a folder; put a copy of the folder in its place")
+        raise BoxerValidationError(f"{str(path)!r} is a link to a folder; exclude it, or copy the folder in its place")
     if root not in target.parents:
-        raise BoxerValidationError(f"{_shown(path)} is a link that leaves the folder; put a copy in its place")
+        raise BoxerValidationError(f"{str(path)!r} is a link that leaves the folder; exclude it, or copy the file")
     return target
 
 
-def _regular(path: Path, target: Path) -> Path:
+def _regular_file(path: Path, target: Path) -> Path:
     if not stat.S_ISREG(target.stat().st_mode):
-        raise BoxerValidationError(f"{_shown(path)} is neither a file nor a folder, and cannot be uploaded")
+        raise BoxerValidationError(f"{str(path)!r} is neither a file nor a folder, and cannot be uploaded")
     return target
-
-
-def _remote(prefix: str, path: Path) -> str:
-    remote = f"{prefix}/{path.as_posix()}"
-    _utf8("path", remote)
-    return remote
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -658,11 +693,7 @@ def _opened(path: Path) -> IO[bytes]:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise BoxerValidationError(f"{_shown(path)} is not a file any more")
-
-
-def _shown(path: Path) -> str:
-    return repr(str(path))  # a name may have control characters in it
+    raise BoxerValidationError(f"{str(path)!r} is not a file any more")
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -687,6 +718,7 @@ class _Response:
     """
 
     is_cut = False  # the content was longer than its limit
+    asked = ""  # the method and the URL that it answers, for the texts of errors
 
     def __init__(self, head: _Head, content: bytes = b"") -> None:
         self.code = head.code
@@ -708,15 +740,18 @@ class _Response:
     headers = property(info)
 
 
-def _run_result(response: _Response, check: bool) -> RunResult:
+def _is_success(response: _Response) -> bool:
+    return response.is_success
+
+
+def _run_result(response: _Response) -> RunResult:
     members = _json_object(response)
     try:
-        result = RunResult(*[members[name] for name in _RESULT_TYPES])
+        return RunResult(*[members[name] for name in _RESULT_TYPES])
     except KeyError as error:
         raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
     except TypeError as error:
         raise BoxerAPIError(f"the answer to a run is malformed: {error}", response.code) from error
-    return result.check() if check else result
 
 
 def _check_uploaded(response: _Response) -> None:
@@ -727,6 +762,8 @@ def _check_uploaded(response: _Response) -> None:
 def _file_content(response: _Response) -> bytes:
     if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
+    if response.code == 404 and "?path=output/" in response.asked:
+        raise BoxerAPIError(f"{_reason(response)}; a run's outputs are kept only if it had persist=True", 404)
     if response.code != 200 and response.is_success:
         raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
     return _checked(response).content
@@ -735,7 +772,8 @@ def _file_content(response: _Response) -> bytes:
 def _checked(response: _Response) -> _Response:
     """Return a successful response; raise the right error for any other."""
     if not response.is_success:
-        raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(_reason(response), response.code)
+        reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_doubt(response)}"
+        raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(reason, response.code)
     if response.is_cut:
         raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
     coding = response.fields.get("content-encoding")
@@ -750,8 +788,8 @@ def _json_object(response: _Response) -> dict[str, Any]:
     try:
         return _decoded_json_object(content)
     except ValueError as error:
-        shown = _printable(content[:80].decode("utf-8", "replace"))
-        message = f"the answer is not the JSON object it should be ({error}): {shown!r}"
+        shown = f"begins with {_printable(content[:80].decode('utf-8', 'replace'))!r}" if content else "is empty"
+        message = f"the answer is not the JSON object it should be but {shown}; {_doubt(response)}"
         raise BoxerAPIError(message, response.code) from error
 
 
@@ -763,6 +801,10 @@ def _decoded_json_object(content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}")
     return value
+
+
+def _doubt(response: _Response) -> str:
+    return f"this answer to {response.asked} is not a Boxer server's: look at the URL, and at proxies on the way"
 
 
 # An unclosed comment or tag matches up to the end of the text, which keeps the regex linear.
@@ -809,6 +851,7 @@ class _Route(NamedTuple):
     next_hop: str  # the authority to connect to: the origin's own, or a proxy's
     tunnel: Optional[str]  # the authority to ask that proxy for, with CONNECT
     authorization: Optional[str]  # for the proxy at the entry of the tunnel
+    origin: str  # the authority at its end, for the texts of errors
 
     @property
     def address(self) -> tuple[str, int]:
@@ -831,15 +874,17 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
+    name = "base_url"
     if base_url is None:
-        base_url = os.environ.get("BOXER_URL") or "http://localhost:8080"
-    parts = _split_url(_text("base_url", base_url), "base_url")
+        name, base_url = "BOXER_URL (an environment variable)", os.environ.get("BOXER_URL")
+        base_url = base_url or "http://localhost:8080"
+    parts = _split_url(_text(name, base_url), name)
     if parts.scheme not in _DEFAULT_PORTS:
-        raise BoxerValidationError("base_url must begin with http:// or https://")
+        raise BoxerValidationError(f"{name} must begin with http:// or https://")
     if parts.query or parts.fragment:
-        raise BoxerValidationError("base_url must have no query and no fragment")
-    authority = _authority(parts, "base_url")
-    path = urllib.parse.quote(_utf8("base_url", parts.path), safe="/%:@!$&'()*+,;=~").rstrip("/")
+        raise BoxerValidationError(f"{name} must have no query and no fragment")
+    authority = _authority(parts, name)
+    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~").rstrip("/")
     proxy = _proxy(parts, authority)
     fields = {
         "Host": re.sub("%[^]]*", "", authority),  # without an IPv6 zone
@@ -859,14 +904,14 @@ def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
     # The URL may hold a password, so no message shows it. urlsplit drops some controls silently: look first.
     if not url.isprintable() or " " in url or "\\" in url:
         raise BoxerValidationError(f"{name} has a space, a backslash or a control character in it")
-    try:
+    what = "is not a URL with a host, such as http://localhost:8080"
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        valid = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise BoxerValidationError(f"{name} is not a URL with a host, such as http://localhost:8080")
-    return parts
+        if parts.hostname:
+            what = "has a port that is not a number from 1 to 65535"
+            if parts.port != 0:
+                return parts
+    raise BoxerValidationError(f"{name} {what}")
 
 
 _HOST = r"(?a)[\w-]{1,63}(\.[\w-]{1,63})*\.?"
@@ -900,11 +945,11 @@ def _basic(name: str, parts: urllib.parse.SplitResult) -> dict[str, str]:
 
 def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.SplitResult | None:
     """Return the proxy that the environment names for a URL, as urllib reads it; none for this machine itself."""
-    host = parts.hostname or ""
-    if host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]+){3}", host):
+    proxies = urllib.request.getproxies()
+    url = proxies.get(parts.scheme)
+    if not url or _is_reached_directly(parts.hostname or "", proxies.get("no", "")):
         return None
-    url = urllib.request.getproxies().get(parts.scheme)
-    if not url or urllib.request.proxy_bypass(authority):
+    if urllib.request.proxy_bypass(authority):
         return None
     proxy = _split_url(url if "://" in url else f"http://{url}", "the proxy")
     if proxy.scheme != "http":
@@ -912,12 +957,27 @@ def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.Spli
     return proxy
 
 
-def _route(scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str]) -> tuple[_Route, dict[str, str]]:
+def _is_reached_directly(host: str, no_proxy: str) -> bool:
+    """Tell whether a host is this machine, or an address in one of NO_PROXY's networks, which urllib does not know."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # a name
+        return re.fullmatch(r"(.*\.)?localhost\.?", host) is not None
+    for entry in no_proxy.split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
+                return True
+    return address.is_loopback
+
+
+def _route(
+    scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str], origin: str
+) -> tuple[_Route, dict[str, str]]:
     """Return a route and the fields for the origin, which must not see the credentials for a tunnel's proxy."""
     if tunnel is None:
-        return _Route(scheme, next_hop, None, None), fields
+        return _Route(scheme, next_hop, None, None, origin), fields
     fields = dict(fields)
-    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None)), fields
+    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None), origin), fields
 
 
 def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
@@ -950,15 +1010,9 @@ def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
 def _seconds(name: str, value: Any) -> float:
     if value is None:
         return math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not (_is_real(value) and value > 0):
         raise BoxerValidationError(f"{name} must be a number of seconds above 0, or None for no limit, not {value!r}")
-    return float(value) if value < 1e300 else math.inf
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BoxerValidationError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    return int(value)
+    return float(value) if value < _LONGEST_WAIT else math.inf
 
 
 class _Deadline:
@@ -1022,6 +1076,7 @@ class _Call:
     cancellation: _Cancellation
     thread: int = field(default_factory=threading.get_ident)
     was_sent: bool = False  # some of the request, at any try
+    tries: int = 0  # exchanges that have begun, for the log
 
     def check(self, peer: str) -> None:
         """Raise the right error if the call was cancelled, or its deadline has passed."""
@@ -1037,8 +1092,8 @@ _RACE = r"read std(out|err): .*file already closed"
 _LASTING = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
 
 
-class _NoTurnError(Exception):
-    """Marks, as a cause, an error that no retry can cure: the thread itself holds every connection."""
+class _LastingError(Exception):
+    """Marks, as a cause, a failure that another try would meet again."""
 
 
 class _Tries:
@@ -1055,10 +1110,15 @@ class _Tries:
         """Return the pause in seconds before the next try, and the level to log it at; None: do not try again."""
         if not _can_be_sent(self._request):
             return None
-        if self._races < self._max_races and _is_race(outcome):
+        error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
+        if self._races < self._max_races and error is not None and re.match(_RACE, error):
             self._races += 1
             return random.uniform(0.01, 0.05), logging.DEBUG
-        if self._made >= self._retries or not _may_be_tried_again(self._request, outcome):
+        if isinstance(outcome, BoxerConnectionError):
+            is_over = _is_harmless(self._request, outcome)
+        else:
+            is_over = outcome.code in (429, 503) or (error is not None and not error.startswith(_LASTING))
+        if not is_over or self._made >= self._retries:
             return None
         self._made += 1
         pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._made, 5), 8.0)
@@ -1067,25 +1127,17 @@ class _Tries:
         return pause, logging.WARNING
 
 
-def _is_race(outcome: _Response | BoxerConnectionError) -> bool:
-    if isinstance(outcome, BoxerConnectionError) or outcome.code != 500:
-        return False
-    return bool(re.match(_RACE, _server_error(outcome) or ""))
-
-
-def _may_be_tried_again(request: _Request, outcome: _Response | BoxerConnectionError) -> bool:
-    if isinstance(outcome, BoxerConnectionError):
-        is_lasting = isinstance(outcome.__cause__, (ssl.SSLCertVerificationError, _NoTurnError))
-        return _is_harmless(request, outcome) and not is_lasting
-    if outcome.code == 500:
-        error = _server_error(outcome)
-        return error is not None and not error.startswith(_LASTING)
-    return outcome.code in (429, 503)
-
-
 def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
     """Tell whether a request can be sent again after an error: it was not sent, or it is a GET that was lost."""
-    return not error.request_sent or (request.method == "GET" and isinstance(error.__cause__, OSError))
+    cause = error.__cause__
+    if isinstance(cause, (ssl.SSLCertVerificationError, _LastingError)) or _speaks_plain_http(cause):
+        return False
+    return not error.request_sent or (request.method == "GET" and isinstance(cause, OSError))
+
+
+def _speaks_plain_http(error: BaseException | None) -> bool:
+    """Tell whether TLS failed because the answer to its first message was not TLS."""
+    return isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
 def _can_be_sent(request: _Request) -> bool:
@@ -1143,6 +1195,7 @@ class _Decoder:
     response: _Response | None = None
     is_complete = False
     size = 0  # bytes of content so far
+    received = 0  # bytes in all
     _data = b""  # what has arrived,
     _at = 0  # and how much of it is decoded
     _decoding: Generator[None, None, None] | None = None
@@ -1167,6 +1220,7 @@ class _Decoder:
 
     def feed(self, data: bytes) -> None:
         """Decode what arrived."""
+        self.received += len(data)
         if self._decoding is None:
             if self._decode_whole(data):
                 return
@@ -1188,9 +1242,8 @@ class _Decoder:
     def end(self, loss: Exception | None) -> None:
         """Decode the end of the connection; `loss` says why it was lost, if it was."""
         if self.response is None:
-            raise _LostError(
-                "the connection ended within the head" if self.has_rest else "it closed before an answer came"
-            )
+            where = "within the head of the answer" if self.has_rest else "before any answer came"
+            raise _LostError(f"the connection ended {where}")
         if self._head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
         assert self._decoding is not None
@@ -1281,7 +1334,7 @@ class _Decoder:
 def _check_protocol(begin: bytes) -> None:
     """Look at the first bytes, so that what is not HTTP is known at once, and not waited for."""
     if not b"HTTP/1.".startswith(begin[:7]):
-        raise _ProtocolError(f"it does not speak HTTP/1.1 (is the URL right?); the head begins with {begin!r}")
+        raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
 
 
 class _Heads(dict[bytes, _Head]):
@@ -1381,6 +1434,9 @@ class _ConnectionEnd(Exception):  # noqa: N818 - an end need not be an error
         self.loss = loss
 
 
+_EXCHANGE = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
+
+
 class _Connection:
     """A connection, and what is said over it. Each client has its own way to wait, in the verbs at the end."""
 
@@ -1389,6 +1445,8 @@ class _Connection:
     def __init__(self, route: _Route) -> None:
         self.route = route
         self.peer = "{}:{}".format(*route.address)  # for the texts of errors
+        if route.next_hop != route.origin:
+            self.peer = f"the proxy {self.peer} (for {route.origin})"
         self.was_opened = False
         self.is_reusable = False  # the last exchange left the connection fit for another one
         self.idle_since = 0.0
@@ -1405,11 +1463,12 @@ class _Connection:
             if context is not None:
                 step = "TLS failed: "
                 host, _ = _host_and_port(self.route.tunnel or self.route.next_hop, 443)
-                await self.start_tls(context, host.partition("%")[0])
+                await self.start_tls(context, host.partition("%")[0].rstrip("."))
                 self.is_tls = True
         except _ConnectionEnd as end:
             self.call.check(self.peer)
             what = str(end.loss or "") or "the connection was closed"
+            what += "; it seems to speak plain HTTP, not TLS" if _speaks_plain_http(end.loss) else ""
             raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
@@ -1433,9 +1492,10 @@ class _Connection:
 
     async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
         """Send a request until it is sent or answered, and receive its response."""
-        call = self.call
+        call, began, response = self.call, time.monotonic(), None
         decoder = _Decoder(math.inf if call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
-        self.has_sent = self.is_reusable = False
+        self.sent, self.is_reusable = 0, False
+        call.tries += 1
         try:
             if isinstance(body, bytes):
                 self.send(head + body)
@@ -1445,13 +1505,16 @@ class _Connection:
                 call.deadline.start_again("complete answer")
             response = await self._receive_response(decoder)
         except _ProtocolError as error:
-            raise BoxerConnectionError(f"{self.peer}: {error}", self.has_sent) from error.__cause__ or error
+            raise BoxerConnectionError(f"{self.peer}: {error}", self.sent > 0) from error.__cause__ or error
         finally:
-            call.was_sent = call.was_sent or self.has_sent
+            call.was_sent = call.was_sent or self.sent > 0
+            if _LOG.isEnabledFor(logging.DEBUG):
+                status, seconds = response.code if response else "no answer", time.monotonic() - began
+                _LOG.debug(_EXCHANGE, call.request.name, status, self.sent, decoder.received, seconds, call.tries)
         is_whole = is_whole and self.all_is_taken
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
-            raise BoxerConnectionError(message, self.has_sent)
+            raise BoxerConnectionError(message, self.sent > 0)
         self.is_reusable = is_whole and decoder.is_reusable
         return response
 
@@ -1529,7 +1592,7 @@ class _Connection:
     close: Callable[[], None]  # at once; whether it is open or not
     fileno: Callable[[], int]  # the socket's descriptor; -1 if there is none
     all_is_taken: bool  # the system has taken all that was to be sent
-    has_sent = False  # some of the request that is being exchanged
+    sent = 0  # bytes of the request that is being exchanged
 
 
 def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
@@ -1780,23 +1843,25 @@ class _Client:
 
     def __init__(
         self,
-        base_url: str | None,
-        timeout: float | None,
-        retries: int,
-        max_connections: int,
-        headers: Mapping[str, str] | None,
-        ssl_context: ssl.SSLContext | None,
+        base_url: Optional[str] = None,
+        timeout: Optional[float] = 120.0,
+        *,
+        retries: int = 2,
+        max_connections: int = 100,
+        headers: Optional[Mapping[str, str]] = None,
+        ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
         self._settings: dict[str, Any] = {
             "base_url": base_url,
             "timeout": _seconds("timeout", timeout),
-            "retries": _count("retries", retries, 0),
-            "max_connections": _count("max_connections", max_connections, 1),
+            "retries": _whole_number("retries", retries),
+            "max_connections": _whole_number("max_connections", max_connections, least=1),
             "headers": headers and dict(headers),
             "ssl_context": ssl_context,
         }
         self._origin = _origin(base_url, headers or {})
         self._context = _tls_context(self._origin.scheme, ssl_context)
+        self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -1826,44 +1891,89 @@ class _Client:
     async def _exchange(
         self,
         request: _Request,
-        timeout: Timeout,
-        retries: int | None,
+        interpret: Callable[[_Response], _T],
+        timeout: Timeout = _CLIENTS_OWN,
+        retries: int | None = None,
         cancellation: _Cancellation | None = None,
-    ) -> _Response:
-        """Send a request, again if that is called for, and return the last response."""
+    ) -> _T:
+        """Send a request, again if that is called for, and interpret the last response."""
         self._check_open()
         if retries is None:
             retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
         else:
-            _count("retries", retries, 0)
+            retries = _whole_number("retries", retries)
         tries = _Tries(request, retries)
         call, pool = self._new_call(request, timeout, cancellation), self._current_pool()
+        asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
         try:
             if pool.is_closed:  # `close` ends the calls that had begun before
                 raise BoxerConnectionError("the client was closed", request_sent=False)
-            while True:
-                try:
-                    response = await self._send(pool, call)
-                    if response.is_success:
-                        return response
-                    pause = _pause_after(response, tries, call)
-                    if pause is None:
-                        return response
-                except BoxerConnectionError as error:
-                    pause = _pause_after(error, tries, call)
-                    error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
-                    if pause is None:
-                        raise
-                await pool.pause(call, pause)
-                call.check(request.name)
+            response = await self._last_response(pool, call, tries)
+            response.asked = asked
+            return interpret(response)
+        except BoxerError as error:
+            where = [asked] if isinstance(error, BoxerConnectionError) else []
+            where += [f"file {request.path!r}"] if request.path else []
+            error.args = (f"{error} ({', '.join(where)})" if where else str(error), *error.args[1:])
+            raise
         finally:
             pool.calls.discard(call)
+
+    async def _last_response(self, pool: _Pool[Any], call: _Call, tries: _Tries) -> _Response:
+        """Send a request until it succeeds, or may not be tried again."""
+        while True:
+            try:
+                response = await self._send(pool, call)
+                if response.is_success:
+                    return response
+                pause = _pause_after(response, tries, call)
+                if pause is None:
+                    return response
+            except BoxerConnectionError as error:
+                pause = _pause_after(error, tries, call)
+                error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
+                if pause is None:
+                    raise
+            await pool.pause(call, pause)
+            call.check(call.request.name)
+
+    async def _wait_until_ready(self, timeout: float | None) -> None:
+        call, pool, pause = self._new_call(_HEALTH_REQUEST, timeout), self._current_pool(), 0.05
+        pool.calls.add(call)  # so that `close` ends a pause
+        try:
+            while True:
+                try:
+                    await self._exchange(_HEALTH_REQUEST, _checked, max(_TIMER_STEP, call.deadline.left), 0)
+                    return
+                except (BoxerAPIError, BoxerConnectionError) as error:
+                    if call.deadline.left < _SHORTEST_PAUSE:
+                        raise BoxerTimeoutError(f"the server was not ready in time: {error}", 0) from error
+                pause = min(1.5 * pause, 5.0)
+                await pool.pause(call, min(pause, call.deadline.left / 2))  # more often towards the end
+                call.check(call.request.name)
+        finally:
+            pool.calls.discard(call)
+
+    async def _upload_all(self, files: Sequence[_LocalFile], timeout: Timeout, retries: int | None) -> list[str]:
+        """Upload files, several at a time, and return their remote paths."""
+
+        async def upload(file: _LocalFile, cancellation: _Cancellation) -> None:
+            with _opened(file[0]) as content:
+                await self._exchange(_upload_request(file[1], content), _check_uploaded, timeout, retries, cancellation)
+
+        if len(files) == 1:
+            await upload(files[0], _Cancellation())  # without a thread, which cannot start when the interpreter exits
+        else:
+            async for _ in _each(self._new_workers(upload, _UPLOADS_AT_A_TIME), files):
+                pass
+        return [remote for _, remote in files]
 
     # What each client has in its own way.
 
     _current_pool: Callable[[], _Pool[Any]]
     _drop_connections: Callable[[], None]
+    _new_workers: Callable[[Callable[[Any, _Cancellation], Awaitable[Any]], int], _Workers]
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
@@ -1885,13 +1995,43 @@ def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call:
     return pause
 
 
+class _Workers:
+    """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
+
+    start: Callable[[Any], Any]  # call the function with an item; return the future of its result
+    next_done: Callable[[], Awaitable[Any]]  # wait for the next call that ends, and return its future
+    end: Callable[[], Awaitable[None]]  # end the calls that are going on, and wait until they have
+
+    def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
+        self.count = count
+        self._function = function
+
+
+async def _each(workers: _Workers, items: Iterable[_T]) -> AsyncGenerator[tuple[_T, Any], None]:
+    """Call a function for each item, and yield both it and the result; when one call fails, end the others."""
+    started: dict[Any, _T] = {}
+    remaining = iter(items)
+    try:
+        while True:
+            for item in remaining:
+                started[workers.start(item)] = item
+                if len(started) == workers.count:
+                    break
+            if not started:
+                return
+            future = await workers.next_done()
+            yield started.pop(future), future.result()
+    finally:
+        await workers.end()
+
+
 # ---- Sync client -----------------------------------------------------------------------------------------------------
 
 
-def _run_to_completion(coroutine: Coroutine[Any, Any, _T]) -> _T:
+def _run_to_completion(coroutine: Awaitable[_T]) -> _T:
     """Run a coroutine of the blocking client in one step: whatever it awaits blocks, and does not suspend it."""
     try:
-        coroutine.send(None)
+        coroutine.__await__().send(None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # what the coroutine returns
     raise AssertionError("a coroutine of the blocking client was suspended")  # pragma: no cover
@@ -1951,7 +2091,7 @@ class _SyncConnection(_Connection):
         try:
             while self._unsent and self._loss is None:
                 sent = self._socket.send(self._unsent)
-                self.has_sent = True
+                self.sent += sent
                 self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS has to be told something first
@@ -2047,7 +2187,7 @@ class _SyncPool(_Pool[_SyncConnection]):
         outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
         if sum(other in self._busy for other in outer) == self._size:
             what = "it was made within calls of its own thread, which use every connection, so none gets free"
-            raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _NoTurnError()
+            raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _LastingError()
         return max(0.0, call.deadline.left) if outer else None
 
     async def pause(self, call: _Call, seconds: float) -> None:
@@ -2058,6 +2198,37 @@ class _SyncPool(_Pool[_SyncConnection]):
     async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
         with _system_errors():
             return _look_up(host, port)
+
+
+class _SyncWorkers(_Workers):
+    """Calls in threads, which have the context variables of the thread that starts them."""
+
+    def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
+        super().__init__(function, count)
+        self._executor = ThreadPoolExecutor(count)
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._active: set[_Cancellation] = set()
+
+    def start(self, item: Any) -> Future[Any]:
+        cancellation = _Cancellation()
+        self._active.add(cancellation)
+        future = self._executor.submit(contextvars.copy_context().run, self._call, item, cancellation)
+        future.add_done_callback(self._done.put)
+        return future
+
+    def _call(self, item: Any, cancellation: _Cancellation) -> Any:
+        try:
+            return _run_to_completion(self._function(item, cancellation))
+        finally:
+            self._active.discard(cancellation)
+
+    async def next_done(self) -> Future[Any]:
+        return self._done.get()
+
+    async def end(self) -> None:
+        for cancellation in list(self._active):
+            cancellation.cancel("stopped, because another call of the same job failed")
+        self._executor.shutdown()
 
 
 class _OpenerRequest(urllib.request.Request):
@@ -2139,9 +2310,16 @@ class BoxerClient(_Client):
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
         handlers = _checked_handlers(handlers)
-        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
+        super().__init__(
+            base_url,
+            timeout,
+            retries=retries,
+            max_connections=max_connections,
+            headers=headers,
+            ssl_context=ssl_context,
+        )
         self._settings["handlers"] = handlers
-        self._pool = _SyncPool(max_connections)
+        self._pools[None] = _SyncPool(self._settings["max_connections"])
         self._opener = urllib.request.OpenerDirector()
         for handler in (_ConnectionHandler(self), *map(copy.copy, handlers)):  # a handler belongs to one opener
             self._opener.add_handler(handler)
@@ -2160,7 +2338,14 @@ class BoxerClient(_Client):
 
     def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return self._answer(_HEALTH_REQUEST, timeout, retries).is_success
+        return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, timeout, retries))
+
+    def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
+        """Ask for the server's health, with growing pauses, until it is well.
+
+        Raises BoxerTimeoutError with the last reason after `timeout` seconds; None waits for ever.
+        """
+        _run_to_completion(self._wait_until_ready(timeout))
 
     def run(
         self,
@@ -2172,7 +2357,7 @@ class BoxerClient(_Client):
         limits: Optional[Limits] = None,
         files: Optional[Sequence[str]] = None,
         persist: bool = False,
-        network: Optional[str] = None,
+        network: Optional[Network] = None,
         check: bool = False,
         timeout: Timeout = _CLIENTS_OWN,
         retries: Optional[int] = None,
@@ -2193,8 +2378,9 @@ class BoxerClient(_Client):
         Raises BoxerTimeoutError with status_code 408 when `wall_clock_secs` is over, and BoxerOutputLimitError when
         stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
         """
-        request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
-        return _run_result(self._answer(request, timeout, retries), check)
+        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        result = _run_to_completion(self._exchange(request, _run_result, timeout, retries))
+        return result.check() if check else result
 
     def upload_file(
         self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
@@ -2206,56 +2392,42 @@ class BoxerClient(_Client):
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        _check_uploaded(self._answer(_upload_request(remote_path, content), timeout, retries))
+        _run_to_completion(self._exchange(_upload_request(remote_path, content), _check_uploaded, timeout, retries))
 
     def upload_path(
         self,
         local_path: Union[str, os.PathLike[str]],
         remote_path: Optional[str] = None,
         *,
+        exclude: Iterable[str] = (),
         timeout: Timeout = _CLIENTS_OWN,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
 
         remote_path: of the file, or of the folder. Default: the name of either.
+        exclude: patterns of what to leave out of a folder, each for a name or for a path below the folder, such as
+            ".git", "*.pyc" or "data/*.csv".
 
         Raises BoxerValidationError, before anything is sent, for what is neither file nor folder, and for a link that
         leaves the folder, leads nowhere, or leads to a folder. Several files are sent at a time; each has a
         deadline of its own.
         """
         self._check_open()
-        files = _local_files(local_path, remote_path)
-
-        def upload(file: _LocalFile, cancellation: _Cancellation) -> None:
-            with _opened(file[0]) as content:
-                _check_uploaded(self._answer(_upload_request(file[1], content), timeout, retries, cancellation))
-
-        uploads, count = _Uploads(upload, files), min(len(files), _UPLOADS_AT_A_TIME)
-        if count < 2:
-            uploads.work()  # without a thread, which cannot start when the interpreter exits
-        else:
-            with ThreadPoolExecutor(count) as executor:
-                try:
-                    list(executor.map(lambda _: uploads.work(), range(count)))
-                except BaseException as error:  # noqa: BLE001 - an interrupt: it is raised once all threads have ended
-                    uploads.fail(error)
-        if uploads.failures:
-            raise uploads.failures[0]
-        return [remote for _, remote in files]
+        files = _local_files(local_path, remote_path, exclude)
+        return _run_to_completion(self._upload_all(files, timeout, retries))
 
     def download_file(self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _file_content(self._answer(_download_request(path), timeout, retries))
+        return _run_to_completion(self._exchange(_download_request(path), _file_content, timeout, retries))
 
-    def _answer(self, *args: Any) -> _Response:
-        return _run_to_completion(self._exchange(*args))
+    _new_workers = _SyncWorkers
 
     def _drop_connections(self) -> None:
-        self._pool.close()
+        self._pools[None].close()
 
-    def _current_pool(self) -> _SyncPool:
-        return self._pool
+    def _current_pool(self) -> Any:
+        return self._pools[None]
 
     async def _send(self, _pool: Any, call: _Call) -> _Response:
         """Send a request through the opener; its handlers may change it, or answer it themselves."""
@@ -2276,14 +2448,15 @@ class BoxerClient(_Client):
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
-        route, fields = _route(request.type, request.host, tunnel, fields)
+        origin = tunnel or (self._origin.authority if isinstance(request, _OpenerRequest) else request.host)
+        route, fields = _route(request.type, request.host, tunnel, fields, origin)
         body: Any = request.data or b""
         fields.setdefault("Host", request.host)
         if isinstance(body, bytes) and body:
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
         context = self._context if request.type == self._origin.scheme else _tls_context(request.type, None)
-        response = _run_to_completion(self._pool.exchange(route, context, head, body, call))
+        response = _run_to_completion(self._pools[None].exchange(route, context, head, body, call))
         if isinstance(request, _OpenerRequest):
             return response
         content, url = io.BytesIO(response.content), request.full_url
@@ -2315,33 +2488,6 @@ def _adopted(response: Any, authority: str) -> _Response:
     return _Response(_Head(response.code, str(reason or ""), lines, _combined(lines)), content)
 
 
-class _Uploads:
-    """Uploads of several files, in as many threads as call `work`; when one fails, the others are ended."""
-
-    def __init__(self, upload: Callable[[_LocalFile, _Cancellation], None], files: Iterable[_LocalFile]) -> None:
-        self.failures: list[BaseException] = []
-        self._upload = upload
-        self._remaining = iter(files)
-        self._active: set[_Cancellation] = set()
-
-    def work(self) -> None:
-        for file in self._remaining:
-            cancellation = _Cancellation()
-            self._active.add(cancellation)
-            if self.failures:  # looked at once `fail` can find the cancellation
-                return
-            try:
-                self._upload(file, cancellation)
-            except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-                self.fail(error)
-            self._active.discard(cancellation)
-
-    def fail(self, error: BaseException) -> None:
-        self.failures.append(error)
-        for cancellation in list(self._active):
-            cancellation.cancel("broken off, since another file could not be uploaded")
-
-
 # ---- Async client ----------------------------------------------------------------------------------------------------
 
 
@@ -2354,7 +2500,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.reader = asyncio.StreamReader(_PIECE, loop)
         super().__init__(self.reader, loop=loop)
-        self.transport: asyncio.Transport | None = None
+        self.transport: Any = None  # an asyncio.Transport, once connected
         self.arrived = self.received = 0  # bytes that came from the transport, and that were read of them
         self.has_ended = False
         self.loss: Exception | None = None
@@ -2362,7 +2508,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._change: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -2376,21 +2522,9 @@ class _Protocol(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
-            self._receive_rest()
         self.has_ended, self.loss = True, self.loss or exc
         super().connection_lost(None)
         self._notify()
-
-    def _receive_rest(self) -> None:
-        """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
-        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
-            return
-        # uvloop's sockets cannot be copied.
-        with contextlib.suppress(OSError, TypeError), self.transport.get_extra_info("socket").dup() as sock:
-            while self.arrived - self.received < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
-                self.arrived += len(data)  # pragma: no cover - it takes an answer between a look and a write
-                self.reader.feed_data(data)  # pragma: no cover
 
     def pause_writing(self) -> None:
         self.can_take_more = False
@@ -2474,14 +2608,16 @@ class _AsyncConnection(_Connection):
 
     def send(self, data: _Piece) -> None:
         self._writers[-1].write(data)
-        is_lost = self._writers[0].is_closing() or (self.is_tls and self._protocol.has_ended)
-        self.has_sent, self._is_cut = self.has_sent or not is_lost, self._is_cut or is_lost
+        is_lost = self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended)
+        self.sent, self._is_cut = self.sent + (not is_lost) * len(data), self._is_cut or is_lost
 
     @property
     def all_is_taken(self) -> bool:  # type: ignore[override]
-        # A closing transport has dropped its buffer, but a full buffer still shows in `can_take_more`.
-        unsent = (writer.transport.get_write_buffer_size() for writer in self._writers)
-        return not self._is_cut and self._protocol.can_take_more and (self._writers[0].is_closing() or not any(unsent))
+        if self._is_cut or not self._protocol.can_take_more:
+            return False
+        # A closing transport has dropped its buffer; but a buffer that was full still shows in `can_take_more`.
+        transports = (self._tcp.transport, self._protocol.transport)
+        return self._tcp.transport.is_closing() or not any(each.get_write_buffer_size() for each in transports)
 
     async def drain(self) -> bytes:
         while not self._protocol.can_take_more and not self._has_arrived:
@@ -2636,8 +2772,13 @@ class _AsyncEvent:
 class _AsyncPool(_Pool[_AsyncConnection]):
     """The connections of an AsyncBoxerClient within one event loop."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, origin: _Origin) -> None:
         super().__init__(size)
+        tunnel = origin.authority if origin.proxy and origin.scheme == "https" else None
+        next_hop = origin.proxy or origin.authority
+        self.route, self.fields = _route(origin.scheme, next_hop, tunnel, origin.fields, origin.authority)
+        # A proxy is asked for a whole URL (RFC 9112, section 3.2.2), unless it has opened a tunnel.
+        self.prefix = origin.url if origin.proxy and not tunnel else origin.path
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
         self._was_forked = False  # this process is a forked child
@@ -2691,6 +2832,34 @@ class _AsyncPool(_Pool[_AsyncConnection]):
         self._was_forked = True
 
 
+class _AsyncWorkers(_Workers):
+    """Calls in tasks."""
+
+    def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
+        super().__init__(function, count)
+        self._active: set[asyncio.Future[Any]] = set()
+        self._done: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+
+    def start(self, item: Any) -> asyncio.Future[Any]:
+        task = asyncio.ensure_future(self._function(item, _Cancellation()))
+        self._active.add(task)
+        task.add_done_callback(self._done.put_nowait)
+        return task
+
+    async def next_done(self) -> asyncio.Future[Any]:
+        task = await self._done.get()
+        self._active.discard(task)
+        return task
+
+    async def end(self) -> None:
+        for task in self._active:
+            task.cancel()
+        if self._active:
+            await asyncio.wait(self._active)
+        for task in self._active:
+            _ = task.cancelled() or task.exception()  # the loop reports an exception that nobody asks for
+
+
 class AsyncBoxerClient(_Client):
     """A client of a Boxer server for asyncio; its parameters are those of BoxerClient, less `handlers`.
 
@@ -2698,24 +2867,6 @@ class AsyncBoxerClient(_Client):
     used in has connections of its own, which are closed once it has stopped and the client is used in another. A
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
-
-    def __init__(
-        self,
-        base_url: Optional[str] = None,
-        timeout: Optional[float] = 120.0,
-        *,
-        retries: int = 2,
-        max_connections: int = 100,
-        headers: Optional[Mapping[str, str]] = None,
-        ssl_context: Optional[ssl.SSLContext] = None,
-    ) -> None:
-        super().__init__(base_url, timeout, retries, max_connections, headers, ssl_context)
-        origin = self._origin
-        tunnel = origin.authority if origin.proxy and origin.scheme == "https" else None
-        self._route, self._fields = _route(origin.scheme, origin.proxy or origin.authority, tunnel, origin.fields)
-        # A proxy is asked for a whole URL (RFC 9112, section 3.2.2), unless it has opened a tunnel.
-        self._prefix = origin.url if origin.proxy and not tunnel else origin.path
-        self._pools: dict[asyncio.AbstractEventLoop, _AsyncPool] = {}
 
     async def __aenter__(self) -> AsyncBoxerClient:
         self._check_open()
@@ -2734,7 +2885,14 @@ class AsyncBoxerClient(_Client):
 
     async def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return (await self._exchange(_HEALTH_REQUEST, timeout, retries)).is_success
+        return await self._exchange(_HEALTH_REQUEST, _is_success, timeout, retries)
+
+    async def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
+        """Ask for the server's health, with growing pauses, until it is well.
+
+        Raises BoxerTimeoutError with the last reason after `timeout` seconds; None waits for ever.
+        """
+        await self._wait_until_ready(timeout)
 
     async def run(
         self,
@@ -2746,7 +2904,7 @@ class AsyncBoxerClient(_Client):
         limits: Optional[Limits] = None,
         files: Optional[Sequence[str]] = None,
         persist: bool = False,
-        network: Optional[str] = None,
+        network: Optional[Network] = None,
         check: bool = False,
         timeout: Timeout = _CLIENTS_OWN,
         retries: Optional[int] = None,
@@ -2757,8 +2915,9 @@ class AsyncBoxerClient(_Client):
         of `NAME=value`, `cwd`, `limits`, `files` that were uploaded, `persist` to keep files and outputs, `network`,
         and `check` to raise BoxerExitError if the exit code is not 0. A run that is cancelled is killed.
         """
-        request = _run_request(image, cmd, env, cwd, limits, files, persist, network)
-        return _run_result(await self._exchange(request, timeout, retries), check)
+        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
+        result = await self._exchange(request, _run_result, timeout, retries)
+        return result.check() if check else result
 
     async def upload_file(
         self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
@@ -2768,37 +2927,35 @@ class AsyncBoxerClient(_Client):
         A file is read in a thread, and streamed from its start if it can be rewound. What is at `remote_path` is
         replaced. Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        _check_uploaded(await self._exchange(_upload_request(remote_path, content), timeout, retries))
+        await self._exchange(_upload_request(remote_path, content), _check_uploaded, timeout, retries)
 
     async def upload_path(
         self,
         local_path: Union[str, os.PathLike[str]],
         remote_path: Optional[str] = None,
         *,
+        exclude: Iterable[str] = (),
         timeout: Timeout = _CLIENTS_OWN,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
 
-        Several files are sent at a time. Raises BoxerValidationError, before anything is sent, for what is neither file
-        nor folder, and for a link that leaves the folder, leads nowhere, or leads to a folder.
+        `exclude` has patterns for names and paths to leave out, such as ".git", "*.pyc" or "data/*.csv". Several files
+        are sent at a time. Raises BoxerValidationError, before anything is sent, for what is neither file nor folder,
+        and for a link that leaves the folder, leads nowhere, or leads to a folder.
         """
         self._check_open()
         walk = self._new_call(_HEALTH_REQUEST, None)  # nothing is sent yet: this has no deadline
-        files = await _in_thread(walk, _local_files, local_path, remote_path)
-
-        async def upload(file: _LocalFile) -> None:
-            with _opened(file[0]) as content:
-                await self.upload_file(file[1], content, timeout=timeout, retries=retries)
-
-        await _for_each_async(upload, files)
-        return [remote for _, remote in files]
+        files = await _in_thread(walk, _local_files, local_path, remote_path, exclude)
+        return await self._upload_all(files, timeout, retries)
 
     async def download_file(
         self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
     ) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _file_content(await self._exchange(_download_request(path), timeout, retries))
+        return await self._exchange(_download_request(path), _file_content, timeout, retries)
+
+    _new_workers = _AsyncWorkers
 
     def _drop_connections(self) -> None:
         for pool in list(self._pools.values()):
@@ -2812,28 +2969,11 @@ class AsyncBoxerClient(_Client):
                 if other is loop or not other.is_running():
                     self._pools.pop(other, None)  # another thread may have been here
                     stale.abandon()
-            pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"])
+            pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"], self._origin)
         return pool
 
     async def _send(self, pool: Any, call: _Call) -> _Response:
         request = call.request
-        head = _encoded_head(request.method, self._prefix + request.target, {**self._fields, **request.headers})
-        response: _Response = await pool.exchange(self._route, self._context, head, request.body, call)
+        head = _encoded_head(request.method, pool.prefix + request.target, {**pool.fields, **request.headers})
+        response: _Response = await pool.exchange(pool.route, self._context, head, request.body, call)
         return response
-
-
-async def _for_each_async(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
-    """Call a function for each item, several at a time; when one call fails, or this one is cancelled, end them all."""
-    remaining = iter(items)
-
-    async def work() -> None:
-        for item in remaining:
-            await function(item)
-
-    tasks = [asyncio.ensure_future(work()) for _ in range(_UPLOADS_AT_A_TIME)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

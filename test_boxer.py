@@ -2996,8 +2996,8 @@ def test_the_stand_in_leaves_nothing_behind() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 BAD_LIMITS = [
-    *[(name, value, "from 0 (the server's default) to") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
-    *[(name, v, "number, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
+    *[(name, value, "number from 0 to 2**63 - 1, not") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
+    *[(name, v, "number from 0 to 2**63 - 1, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
     *[(name, 1.5, "must be a whole number") for name in LIMITS if name != "cpu_cores"],
 ]
 
@@ -3538,7 +3538,7 @@ VALID: dict[str, dict[str, Any]] = {
     "download_file": {"path": "a"},
 }
 INVALID, LONE = BoxerValidationError, "a\ud800"
-TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number, "
+TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number from "
 FIELD, TAKEN = "a name in headers is not the name of a field", "is there twice, or is set by the client itself"
 VALUE = "has a character that a field cannot hold"
 REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
@@ -3557,8 +3557,8 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("", INVALID, "base_url", "base_url", [f"http://h/{LONE}", f"http://{LONE}"]),
     ("", TypeError, "base_url must be str", "base_url", [8080, b"http://h"]),
     ("", INVALID, TIME, "timeout", [0, -1, math.nan, True, "5"]),
-    ("", INVALID, COUNT + "0 or more", "retries", [-1, 1.0, None, "1", True]),
-    ("", INVALID, COUNT + "1 or more", "max_connections", [0, -1, 1.5, None]),
+    ("", INVALID, COUNT + "0 to", "retries", [-1, 1.5, None, "1", True]),
+    ("", INVALID, COUNT + "1 to", "max_connections", [0, -1, 1.5, None]),
     ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "a\0", "é")]),
     ("", INVALID, TAKEN, "headers", [{name: "x"} for name in ("Host", "content-length", "Transfer-Encoding", "TE")]),
     ("", INVALID, TAKEN, "headers", [{"X-a": "1", "X-A": "2"}]),
@@ -3596,7 +3596,7 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("download_file", INVALID, "lone surrogate", "path", [LONE]),
     ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
     *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
-    *[(method, INVALID, COUNT + "0 or more", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
+    *[(method, INVALID, COUNT + "0 to", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
 ]
 
 
