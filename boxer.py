@@ -33,6 +33,11 @@ whole coroutine to its end (`_run_to_completion`).
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - the file may have been copied anywhere
+    raise ImportError("boxer.py needs Python 3.9 or later, and this is Python {}.{}".format(*sys.version_info))
+
 import asyncio
 import binascii
 import calendar  # noqa: F401 - email.utils imports it in a call, and then a fork may interrupt that
@@ -147,7 +152,7 @@ _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on ou
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 _SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
-_SHOWN_LINES = 5  # of a program's output in an error
+_SHOWN_LINES = 6  # of a program's output in an error
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
@@ -233,7 +238,7 @@ class RunRequest:
     cmd: Sequence[str]
     env: Optional[Environment] = None
     cwd: Optional[str] = None
-    limits: Optional[Limits] = field(default=None, hash=False)  # ResourceLimits can be changed
+    limits: Optional[Limits] = field(default=None, hash=False)  # ResourceLimits have no hash
     files: Optional[Sequence[str]] = None
     persist: bool = False
     network: Optional[Network] = None
@@ -248,7 +253,7 @@ class RunRequest:
             cmd=command,
             env=_environment(self.env) if self.env else (),
             cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
-            limits=None if self.limits is None else _limits(self.limits),
+            limits=None if self.limits is None else ResourceLimits(**_limits(self.limits).to_dict()),
             files=tuple(_path("a path in files", path) for path in _texts("files", self.files)) if self.files else (),
             network=None if self.network is None else _text("network", self.network) or None,
         )
@@ -262,11 +267,11 @@ def _text(name: str, value: Any) -> str:
     """Check a text: what it holds has to reach the server, and the program, as it is."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, not {type(value).__name__}")
-    problem = "a NUL character, where the server would cut it off" if "\0" in value else ""
+    problem = "a NUL character in it, at which programs cut text off" if "\0" in value else ""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        problem = "a lone surrogate, which is no character"
+        problem = "a lone surrogate in it, which is no character"
     if problem:  # raised outside of the `except`: that error holds the whole text, which may be a secret
         raise BoxerValidationError(f"{name} has {problem}")
     return value
@@ -460,17 +465,22 @@ _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
 # Terminal escapes (ECMA-48: control strings, control sequences, others), control characters, and characters that
 # reorder text: text of a server or a program must not bring them to a terminal.
-_ESCAPE = r"\x1b(?:[]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|\Z)|\[[0-?]*[ -/]*[@-~]|[ -/]*[0-~])"
-_UNPRINTABLE = rf"{_ESCAPE}|[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+_ESCAPE = (
+    r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c|\Z)"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]"
+)
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+_UNPRINTABLE = re.compile(f"(?P<escape>{_ESCAPE})|{_CONTROL}")
 # Lines that say nothing of what went wrong: frames of a stack, rules and markers, Node's version.
 _NOISE = (
-    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v[0-9.]+)"
+    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)(?: \{)?|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v[0-9.]+)"
     r"|\s*\+[-+]+ [0-9]+ -+|[\W_]*"
 )
 
 
 def _printable(text: str, keep: str = "") -> str:
-    return re.sub(_UNPRINTABLE, lambda match: match[0] if match[0] in keep else " " * (match[0][0] != "\x1b"), text)
+    """Return text without terminal escapes, and with a space for each control character."""
+    return _UNPRINTABLE.sub(lambda match: "" if match["escape"] else match[0] if match[0] in keep else " ", text)
 
 
 def _last_words(output: str) -> str:
@@ -613,6 +623,8 @@ def _content(content: Any) -> memoryview | IO[bytes]:
         raise TypeError(
             "content must be bytes, str or a binary file, not a path; `upload_path` sends what is at a path"
         )
+    if isinstance(content, io.TextIOBase):
+        raise TypeError("content must be a binary file, opened with mode 'rb', not one in text mode")
     if not hasattr(content, "read"):
         raise TypeError(f"content must be bytes, str or a binary file, not {type(content).__name__}")
     _read(content, 0)
@@ -636,11 +648,11 @@ def _local_files(
     """Return what `upload_path` is to send, (local, remote), in the order of the sorted local paths."""
     local, root = Path(local_path), Path(local_path).resolve()
     folder = root if local.name in ("", "..") else local
+    patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
     prefix = _clean_path("remote_path", folder.name if remote_path is None else remote_path)
     if not root.is_dir():
         return [(_regular_file(local, root), prefix)]
     prefix = _path("remote_path", prefix.rstrip("/"))
-    patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
     paths = sorted(_walk(root, patterns))
     names = [_clean_path(f"the name {str(path)!r}", path.relative_to(root).as_posix()) for path in paths]
     return [(_regular_file(path, _target(path, root)), f"{prefix}/{name}") for path, name in zip(paths, names)]
@@ -749,20 +761,20 @@ def _run_result(response: _Response) -> RunResult:
     try:
         return RunResult(*[members[name] for name in _RESULT_TYPES])
     except KeyError as error:
-        raise BoxerAPIError(f"the answer to a run has no {error}", response.code) from error
+        raise BoxerAPIError(f"the result has no {error}; {_doubt(response)}", response.code) from error
     except TypeError as error:
-        raise BoxerAPIError(f"the answer to a run is malformed: {error}", response.code) from error
+        raise BoxerAPIError(f"the result is malformed: {error}; {_doubt(response)}", response.code) from error
 
 
 def _check_uploaded(response: _Response) -> None:
     if not isinstance(_json_object(response).get("path"), str):
-        raise BoxerAPIError("the answer to an upload does not say where the file went", response.code)
+        raise BoxerAPIError(f"nothing says where the file went; {_doubt(response)}", response.code)
 
 
 def _file_content(response: _Response) -> bytes:
     if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
-    if response.code == 404 and "?path=output/" in response.asked:
+    if response.code == 404 and re.search(r"\?path=/?output/", response.asked):
         raise BoxerAPIError(f"{_reason(response)}; a run's outputs are kept only if it had persist=True", 404)
     if response.code != 200 and response.is_success:
         raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
@@ -890,8 +902,8 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
         "Host": re.sub("%[^]]*", "", authority),  # without an IPv6 zone
         "User-agent": _USER_AGENT,
         "Accept-encoding": "identity",
-        **_basic("Authorization", parts),
-        **(_basic("Proxy-authorization", proxy) if proxy else {}),
+        **_basic("Authorization", parts, name),
+        **(_basic("Proxy-authorization", proxy, "the proxy's URL") if proxy else {}),
         **_checked_fields(headers),
     }
     if proxy is None:
@@ -932,15 +944,15 @@ def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
     return host if port == _DEFAULT_PORTS[parts.scheme] else f"{host}:{port}"
 
 
-def _basic(name: str, parts: urllib.parse.SplitResult) -> dict[str, str]:
+def _basic(field_name: str, parts: urllib.parse.SplitResult, name: str) -> dict[str, str]:
     """Return the field for the credentials in a URL (RFC 7617), if there are any."""
     if parts.username is None:
         return {}
     user, password = map(urllib.parse.unquote_to_bytes, (parts.username, parts.password or ""))
     if b":" in user:
-        raise BoxerValidationError("the user name in a URL must have no colon")
+        raise BoxerValidationError(f"the user name in {name} must have no colon")
     pair = user + b":" + password
-    return {name: "Basic " + binascii.b2a_base64(pair, newline=False).decode("ascii")}
+    return {field_name: "Basic " + binascii.b2a_base64(pair, newline=False).decode("ascii")}
 
 
 def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.SplitResult | None:
@@ -1137,7 +1149,8 @@ def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
 
 def _speaks_plain_http(error: BaseException | None) -> bool:
     """Tell whether TLS failed because the answer to its first message was not TLS."""
-    return isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+    reason = getattr(error, "reason", "") if isinstance(error, ssl.SSLError) else ""
+    return reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
 def _can_be_sent(request: _Request) -> bool:
@@ -1242,7 +1255,7 @@ class _Decoder:
     def end(self, loss: Exception | None) -> None:
         """Decode the end of the connection; `loss` says why it was lost, if it was."""
         if self.response is None:
-            where = "within the head of the answer" if self.has_rest else "before any answer came"
+            where = "within the head of the answer" if self.has_rest else "before an answer came"
             raise _LostError(f"the connection ended {where}")
         if self._head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
@@ -1557,7 +1570,7 @@ class _Connection:
 
     def _decode_end(self, decoder: _Decoder, loss: Exception | None) -> None:
         """Complete a response that goes on to the end of the connection; raise _LostError for any other."""
-        if self.is_tls and loss is None:
+        if self.is_tls and loss is None and decoder.response is not None:
             # asyncio cannot tell whether TLS was closed properly or cut off, so neither client counts on it.
             loss = _LostError("over TLS, the end of the connection is not known to be the end of the content")
         try:
@@ -2388,7 +2401,8 @@ class BoxerClient(_Client):
         """Upload content into the server's store.
 
         remote_path: below the store, with `/` between folders, which are made; what is there is replaced.
-        content: bytes, text (sent as UTF-8), or a binary file, streamed from its start if it can be rewound.
+        content: bytes, text (sent as UTF-8), or a binary file, streamed from its start if it can be rewound. The path
+            of a local file is text, too, and would be sent as such: `upload_path` sends the file.
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
@@ -2522,9 +2536,21 @@ class _Protocol(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._receive_rest()
         self.has_ended, self.loss = True, self.loss or exc
         super().connection_lost(None)
         self._notify()
+
+    def _receive_rest(self) -> None:
+        """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+            return
+        # uvloop's sockets cannot be copied.
+        with contextlib.suppress(OSError, TypeError), self.transport.get_extra_info("socket").dup() as sock:
+            while self.arrived - self.received < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
+                self.arrived += len(data)  # pragma: no cover - it takes an answer between a look and a write
+                self.reader.feed_data(data)  # pragma: no cover
 
     def pause_writing(self) -> None:
         self.can_take_more = False
@@ -2751,7 +2777,9 @@ async def _in_thread(call: _Call, function: Callable[..., _T], *args: Any) -> _T
     """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
     if not threading.main_thread().is_alive():
         return function(*args)  # pragma: no cover - coverage is not measured any more by then
-    return await _within(call.deadline.left, asyncio.get_running_loop().run_in_executor(None, function, *args), call)
+    run = contextvars.copy_context().run
+    loop = asyncio.get_running_loop()
+    return await _within(call.deadline.left, loop.run_in_executor(None, run, function, *args), call)
 
 
 class _AsyncEvent:
@@ -2924,8 +2952,10 @@ class AsyncBoxerClient(_Client):
     ) -> None:
         """Upload content into the server's store: bytes, text (sent as UTF-8), or a binary file.
 
-        A file is read in a thread, and streamed from its start if it can be rewound. What is at `remote_path` is
-        replaced. Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
+        The path of a local file is text, too, and would be sent as such: `upload_path` sends the file. A file is read
+        in a thread, and streamed from its start if it can be rewound. What is at `remote_path` is replaced.
+
+        Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
         await self._exchange(_upload_request(remote_path, content), _check_uploaded, timeout, retries)
 

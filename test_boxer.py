@@ -1445,13 +1445,17 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------------------------------------------------
 
 import array
+import ast
 import base64
 import collections
+import contextvars
 import copy
 import datetime as dt
+import decimal
 import email.message
 import enum
 import errno
+import fractions
 import gc
 import hashlib
 import http.client
@@ -2302,14 +2306,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Alarm(logging.Handler):
-    """Rings when something is logged."""
+    """Rings when the log says that a request is tried again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.has_rung = threading.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.has_rung.set()
+        if "trying again" in record.getMessage():
+            self.has_rung.set()
 
 
 @pytest.fixture
@@ -2429,16 +2434,20 @@ def close_notify(sock: Any) -> None:
         sock.unwrap()
 
 
+# Names below .test and .localhost, with a final dot or without, "localhost." itself, and private addresses.
+THIS_MACHINE = r"\.(test|localhost)\.?$|^localhost\.$|^1[01](\.[0-9]+){3}$|^(fd00|2001:db8):"
+
+
 @pytest.fixture
 def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Begin without a proxy in the environment, and let every name below .test be this machine's."""
+    """Begin without a proxy in the environment, and let the names and addresses of tests be this machine's."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "REQUEST_METHOD"]:
         monkeypatch.delenv(name)
     look_up = socket.getaddrinfo
 
     def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        return look_up("127.0.0.1" if name.endswith(".test") else host, *args, **kwargs)
+        name = (host.decode() if isinstance(host, bytes) else host).lower()
+        return look_up("127.0.0.1" if re.search(THIS_MACHINE, name) else host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return monkeypatch.setenv
@@ -2997,7 +3006,11 @@ def test_the_stand_in_leaves_nothing_behind() -> None:
 
 BAD_LIMITS = [
     *[(name, value, "number from 0 to 2**63 - 1, not") for name in LIMITS for value in (-1, -2.0, 2**63, 1e300)],
-    *[(name, v, "number from 0 to 2**63 - 1, not") for name in LIMITS for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)],
+    *[
+        (name, v, "number from 0 to 2**63 - 1, not")
+        for name in LIMITS
+        for v in (math.nan, math.inf, -math.inf, "1", True, [1], 1j)
+    ],
     *[(name, 1.5, "must be a whole number") for name in LIMITS if name != "cpu_cores"],
 ]
 
@@ -3062,7 +3075,7 @@ def test_a_result_is_a_mutable_dataclass() -> None:
     result.exit_code = 2
     assert not result.ok and result != RunResult("boxer-1", 0, "out", "err", 7)
     assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
-    with pytest.raises(BoxerValidationError, match="a path is empty"):
+    with pytest.raises(BoxerValidationError, match="path is empty"):
         result.output_path("")
 
 
@@ -3083,6 +3096,126 @@ class Text(str):
 
 def test_a_result_may_hold_any_kind_of_text() -> None:
     assert RunResult(Text("boxer-1"), 0, Text(""), Text(""), 1).exec_id == "boxer-1"
+
+
+WHOLE = [name for name in LIMITS if name != "cpu_cores"]
+
+
+class Whole:
+    """A whole number that is no int, as those of numpy are."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+def test_a_whole_number_may_be_of_any_type_that_is_one(client_of: Clients) -> None:
+    given = {name: Whole(40 + number) for number, name in enumerate(WHOLE)}
+    plain = {name: 40 + number for number, name in enumerate(WHOLE)}
+    limits = ResourceLimits(**given)  # type: ignore[arg-type]
+    assert json.dumps(limits.to_dict()) == json.dumps(plain)
+    with Host(lambda _: [RAN]) as host:
+        client = client_of(host.url, retries=Whole(1), max_connections=Whole(2))
+        calls = [
+            run(limits=one, retries=Whole(0)) for one in (limits, given, RunRequest("i", ["c"], limits=limits).limits)
+        ]
+        assert gather(client, calls) == [RESULT] * 3
+    assert [json.dumps(request.json["limits"]) for request in host.seen] == [json.dumps(plain)] * 3
+    assert host.connections <= 2
+
+
+ODD_LIMITS: list[tuple[str, Any]] = [
+    *[(name, decimal.Decimal(1)) for name in LIMITS],
+    *[(name, value) for name in WHOLE for value in (fractions.Fraction(1, 2), Whole(-1), Whole(2**63))],
+    *[("cpu_cores", fractions.Fraction(value)) for value in (-1, 10**400)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ODD_LIMITS)
+def test_a_limit_of_an_odd_type_is_refused_as_any_other(client_of: Clients, name: str, value: Any) -> None:
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        for refuser in (lambda: ResourceLimits(**{name: value}), lambda: do(client, run(limits={name: value}))):
+            with pytest.raises(BoxerValidationError, match=f"^{name} must "):
+                refuser()
+
+
+@pytest.mark.parametrize(("of_client", "of_call", "tries"), [(Whole(1), None, 2), (0, Whole(2), 3), (2, Whole(0), 1)])
+def test_retries_may_be_a_whole_number_of_any_type(
+    client_of: Clients, clock: Clock, of_client: Any, of_call: Any, tries: int
+) -> None:
+    with Host(lambda _: [failing(BROKEN)]) as host:
+        assert is_expected(outcome(client_of(host.url, retries=of_client), run(retries=of_call)), refusal(500, "no"))
+    assert len(host.seen) == tries
+
+
+def test_seconds_and_cores_may_be_real_numbers_of_any_type(client_of: Clients) -> None:
+    half, fifth, endless = fractions.Fraction(1, 2), fractions.Fraction(1, 5), fractions.Fraction(10**400)
+    with Peer([[Do.REQUEST, RAN, Do.REQUEST]]) as peer:
+        client = client_of(peer.url, timeout=endless)
+        assert do(client, run(limits={"cpu_cores": half})) == RESULT
+        assert is_expected(outcome(client, RUN_IT, timeout=fifth), (BoxerTimeoutError, 0, "0.2 s"))
+    assert json.dumps(peer.requests[0][0].json["limits"]) == '{"cpu_cores": 0.5}'
+    with Peer([[Do.REQUEST]]) as peer:
+        assert is_expected(outcome(client_of(peer.url, timeout=fifth), RUN_IT), (BoxerTimeoutError, 0, "0.2 s"))
+
+
+# Each row: what is given to a RunRequest, and the same in another spelling.
+SAME_REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"env": {"A": "1", "B": ""}}, {"env": ["A=1", "B="]}),
+    ({"limits": {"nofile": 5, "memory_mb": 64}}, {"limits": ResourceLimits(memory_mb=64, nofile=5)}),
+    ({"limits": ResourceLimits(0.5)}, {"limits": ResourceLimits(cpu_cores=0.5)}),
+    ({"limits": {"memory_mb": 64}}, {"limits": {"memory_mb": 64.0}}),
+    ({"files": ["a", "b"], "cwd": "/w", "persist": True}, {"files": ("a", "b"), "cwd": "/w", "persist": True}),
+]
+
+
+@pytest.mark.parametrize(("given", "same"), SAME_REQUESTS)
+def test_equal_run_requests_are_one_key(given: dict[str, Any], same: dict[str, Any]) -> None:
+    one, two = RunRequest("i", ["c", "x"], **given), RunRequest("i", ("c", "x"), **same)
+    assert one == two and hash(one) == hash(two)
+    assert {one: "known"}[two] == "known" and {one, two, copy.deepcopy(one), pickle.loads(pickle.dumps(one))} == {one}
+    assert RunRequest("i", ["c"], limits={"nofile": 6}) not in {one, two}
+
+
+def test_a_run_request_stays_as_it_is_whatever_becomes_of_the_limits_it_was_made_from() -> None:
+    limits = ResourceLimits(nofile=5)
+    request = RunRequest("i", ["c"], limits=limits)
+    known = {request}
+    limits.nofile = 6
+    assert request in known and request == RunRequest("i", ["c"], limits={"nofile": 5})
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("text", ["a", "\x1b", "é\n", "😀"], ids=ascii)
+def test_the_repr_of_a_result_is_short_however_much_a_program_wrote(stream: str, text: str) -> None:
+    streams = {"stdout": "out", "stderr": "err", stream: text * (10 * MIB // len(text))}
+    result = RunResult("boxer-1", 3, streams["stdout"], streams["stderr"], 7)
+    shown = repr(result)
+    assert len(shown) < 5_000 and shown.isprintable() and repr([result] * 2).count("boxer-1") == 2
+    assert shown.startswith("RunResult(exec_id='boxer-1', exit_code=3, stdout='") and shown.endswith("wall_ms=7)")
+    assert f"{stream}={repr(text * 8)[:-1]}" in shown
+
+
+def test_the_repr_of_a_result_shows_all_of_what_is_short() -> None:
+    assert repr(RESULT) == "RunResult(exec_id='boxer-1', exit_code=0, stdout='hi\\n', stderr='', wall_ms=7)"
+
+
+@pytest.mark.parametrize("path", ["x", "sub/x.json", "a..b/.c", "output/x"])
+def test_an_output_has_one_path_whether_it_is_named_as_the_program_does_or_from_there(path: str) -> None:
+    assert RESULT.output_path(f"/output/{path}") == RESULT.output_path(path) == f"output/boxer-1/{path}"
+
+
+UPWARDS = ["..", ".", "../a", "a/..", "a/../b", "./a", "a/./b", "a/.", "/../a", "a/b/../../../c"]
+
+
+@pytest.mark.parametrize("path", [*UPWARDS, "/output/..", "/output/../../other", "/output/./x", "/output/", "x\0y"])
+def test_an_output_is_below_the_folder_of_its_run(path: str) -> None:
+    with pytest.raises(BoxerValidationError):
+        RESULT.output_path(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3135,12 +3268,11 @@ def test_every_error_pickles_and_copies(error: BoxerError) -> None:
     [
         ("", "exit code 3"),
         (" \n", "exit code 3"),
-        ("Traceback:\n  x\nValueError: no\x1b[31m\n\n", "exit code 3: ValueError: no [31m"),
-        ("x" * 10_000, "exit code 3: " + "x" * 2_000),
+        ("ValueError: no\x1b[31m\n\n", "exit code 3: ValueError: no"),
     ],
 )
 def test_a_checked_run_that_failed_raises_its_result(client_of: Clients, stderr: str, text: str) -> None:
-    failed = {**RUN, "exit_code": 3, "stderr": stderr}
+    failed = {**RUN, "exit_code": 3, "stdout": "", "stderr": stderr}
     with Peer.answering(RAN, answer(failed)) as peer:
         client = client_of(peer.url)
         assert client.run("i", ["c"], check=True).ok
@@ -3163,12 +3295,188 @@ def test_a_status_decides_the_class_of_the_error(client_of: Clients, status: int
             assert caught.value.status_code == status
 
 
+NODE = """/work/main.js:1
+function f() { null.x } f()
+                    ^
+
+TypeError: Cannot read properties of null (reading 'x')
+    at f (/work/main.js:1:21)
+    at Object.<anonymous> (/work/main.js:1:25)
+    at Module._compile (node:internal/modules/cjs/loader:1521:14)
+    at Module._extensions..js (node:internal/modules/cjs/loader:1623:10)
+    at Module.load (node:internal/modules/cjs/loader:1266:32)
+    at Module._load (node:internal/modules/cjs/loader:1091:12)
+    at Function.executeUserEntryPoint [as runMain] (node:internal/modules/run_main:164:12)
+    at node:internal/main/run_main_module:28:49
+
+Node.js v20.20.2
+"""
+NODE_EVAL = """node:fs:573
+  return binding.open(
+                 ^
+
+Error: ENOENT: no such file or directory, open '/none'
+    at Object.openSync (node:fs:573:18)
+    at Object.readFileSync (node:fs:452:35)
+    at [eval]:1:15
+    at runScriptInThisContext (node:internal/vm:209:10)
+    at node:internal/process/execution:118:14
+    at [eval]-wrapper:6:24
+    at runScript (node:internal/process/execution:101:62)
+    at evalScript (node:internal/process/execution:133:3)
+    at node:internal/main/eval_string:51:3 {
+  errno: -2,
+  code: 'ENOENT',
+  syscall: 'open',
+  path: '/none'
+}
+
+Node.js v20.20.2
+"""
+GROUP = """  + Exception Group Traceback (most recent call last):
+  |   File "<string>", line 1, in <module>
+  | ExceptionGroup: several (2 sub-exceptions)
+  +-+---------------- 1 ----------------
+    | ValueError: first
+    +---------------- 2 ----------------
+    | TypeError: second
+    +------------------------------------
+"""
+TASK_GROUP = """  + Exception Group Traceback (most recent call last):
+  |   File "/work/main.py", line 8, in <module>
+  |     asyncio.run(main())
+  |   File "/usr/local/lib/python3.12/asyncio/runners.py", line 194, in run
+  |     return runner.run(main)
+  |            ^^^^^^^^^^^^^^^^
+  |   File "/usr/local/lib/python3.12/asyncio/base_events.py", line 684, in run_until_complete
+  |     return future.result()
+  |            ^^^^^^^^^^^^^^^
+  |   File "/usr/local/lib/python3.12/asyncio/taskgroups.py", line 145, in __aexit__
+  |     raise me from None
+  | ExceptionGroup: unhandled errors in a TaskGroup (2 sub-exceptions)
+  +-+---------------- 1 ----------------
+    | Traceback (most recent call last):
+    |   File "/work/main.py", line 3, in fail
+    |     raise error
+    | ValueError: first
+    +---------------- 2 ----------------
+    | Traceback (most recent call last):
+    |   File "/work/main.py", line 3, in fail
+    |     raise error
+    | TypeError: second
+    +------------------------------------
+"""
+PYTHON_TRACE = """Traceback (most recent call last):
+  File "/main.py", line 5, in <module>
+    raise ValueError("no luck")
+ValueError: no luck
+"""
+JAVA = 'Exception in thread "main" java.lang.IllegalStateException: no luck\n' + "".join(
+    f"\tat org.example.service.Handler.step{n}(Handler.java:{n})\n" for n in range(20)
+)
+GO = """panic: no luck
+
+goroutine 1 [running]:
+main.main()
+\t/work/main.go:4 +0x2c
+exit status 2
+"""
+RUST = """thread 'main' panicked at src/main.rs:2:5:
+no luck
+note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace
+"""
+PYTEST = "".join(f"test_{n}.py ..\n" for n in range(500)) + (
+    "=== short test summary info ===\nFAILED test_a.py::test_one - assert 1 == 2\n"
+    "=== 1 failed, 999 passed in 0.12s ===\n"
+)
+# Each row: stdout, stderr, and what the error has to tell.
+FAILURES: dict[str, tuple[str, str, list[str]]] = {
+    "Python": ("fine so far\n", PYTHON_TRACE, ["ValueError: no luck"]),
+    "Node": ("", NODE, ["TypeError: Cannot read properties of null (reading 'x')"]),
+    "Node, evaluating": ("", NODE_EVAL, ["ENOENT: no such file or directory, open '/none'"]),
+    "an exception group": ("", GROUP, ["several", "ValueError: first", "TypeError: second"]),
+    "a task group": ("", TASK_GROUP, ["TypeError: second"]),
+    "Java": ("", JAVA, ["IllegalStateException: no luck"]),
+    "Go": ("", GO, ["panic: no luck"]),
+    "Rust": ("", RUST, ["no luck"]),
+    "a shell": ("", "sh: 1: nosuch: not found\n", ["sh: 1: nosuch: not found"]),
+    "a test runner": (PYTEST, "", ["FAILED test_a.py::test_one - assert 1 == 2", "1 failed, 999 passed"]),
+    "a test runner with an empty line": (PYTEST, " \n\n", ["FAILED test_a.py::test_one", "1 failed, 999 passed"]),
+    "one that says nothing visible": (PYTEST, "\x1b[0m\n", ["1 failed, 999 passed"]),
+    "one long line": ("", "x" * 10 * MIB, ["xxx"]),
+    "many lines": ("", "".join(f"line {n}\n" for n in range(1_000_000)), ["line 999999"]),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_error_of_an_exit_code_shows_the_few_lines_that_tell(name: str) -> None:
+    stdout, stderr, told = FAILURES[name]
+    with pytest.raises(BoxerExitError) as caught:
+        RunResult("boxer-1", 3, stdout, stderr, 7).check()
+    shown = str(caught.value)
+    assert shown.startswith("exit code 3: ") and len(shown) < 600
+    assert [text for text in told if text not in shown] == []
+    assert re.sub("[\n\t]", "", shown).isprintable()
+
+
+def test_a_checked_run_of_a_test_runner_shows_the_end_of_its_stdout(client_of: Clients) -> None:
+    with Peer.answering(answer({**RUN, "exit_code": 1, "stdout": PYTEST})) as peer:
+        error = outcome(client_of(peer.url), run(check=True))
+    assert is_expected(error, (BoxerExitError, None, "1 failed, 999 passed"))
+    assert str(error).startswith("exit code 1: ") and len(str(error)) < 600
+
+
+ESCAPES = {
+    "a colour": "\x1b[31m", "bright": "\x1b[1;91m", "true colour": "\x1b[38;2;1;2;3m", "with colons": "\x1b[38:5:1m",
+    "a mode": "\x1b[?25l", "an erased line": "\x1b[2K", "with an intermediate": "\x1b[1 q", "of one byte": "\x9b31m",
+    "a title": "\x1b]0;title\x07", "a title to ST": "\x1b]0;title\x1b\\", "a title of one byte": "\x9d0;title\x9c",
+    "a link": "\x1b]8;;http://evil.test/\x1b\\", "a device string": "\x1bPq#0~\x1b\\", "a message": "\x1b_evil\x1b\\",
+    "a character set": "\x1b(B", "saved": "\x1b7", "the keypad": "\x1b=", "a reset": "\x1bc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_terminal_escapes_are_removed_whole(client_of: Clients, name: str) -> None:
+    said = f"{ESCAPES[name]}no{ESCAPES[name]} luck{ESCAPES[name]}"
+    failed = answer({**RUN, "exit_code": 3, "stderr": f"{said}\n"})
+    of_stdout = answer({**RUN, "exit_code": 3, "stdout": f"{said}\n"})
+    with Peer.answering(failed, of_stdout, failing("400 Bad Request", said)) as peer:
+        client = client_of(peer.url)
+        assert [str(outcome(client, run(check=True))) for _ in range(2)] == ["exit code 3: no luck"] * 2
+        assert str(outcome(client, RUN_IT)) == "no luck"
+
+
+@pytest.mark.parametrize(
+    "escape", ["\x1b", "\x1b[", "\x1b[1;", "\x1b]", "\x1b]0;", "\x1b]0;x\x1b", "\x1bP", "\x9b", "\x9d"], ids=ascii
+)
+def test_an_escape_without_an_end_hides_no_more_than_what_follows_it(escape: str) -> None:
+    for much in (escape, escape * (MIB // len(escape))):
+        result, start = RunResult("boxer-1", 3, "", f"no luck\n{much}", 7), time.process_time()
+        with pytest.raises(BoxerExitError, match=r"^exit code 3") as caught:
+            result.check()
+        assert str(caught.value).replace("\n", "").isprintable() and len(str(caught.value)) < 600
+        assert time.process_time() - start < 2
+    with pytest.raises(BoxerExitError, match="no luck"):
+        RunResult("boxer-1", 3, "", f"no luck\n{escape}", 7).check()
+
+
+STATUS_ERRORS = [BoxerAPIError("because", 404), BoxerTimeoutError("late", 0), BoxerTimeoutError("late", 408)]
+STATUS_ERRORS += [BoxerOutputLimitError("too much", 507), BoxerAPIError("", 500)]
+
+
+@pytest.mark.parametrize("error", STATUS_ERRORS, ids=repr)
+def test_the_repr_of_an_error_shows_its_status_code(error: BoxerAPIError) -> None:
+    assert repr(error).startswith(f"{type(error).__name__}(") and repr(str(error)) in repr(error)
+    assert re.search(rf"\b{error.status_code}\b", repr(error))
+    assert repr(pickle.loads(pickle.dumps(error))) == repr(copy.copy(error)) == repr(error)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests: what is sent, and what is refused before anything is sent
 # ---------------------------------------------------------------------------------------------------------------------
 
-ODD_PATH = "output/a b+%41&x=1#?é世\"'\\\r\n\0.txt"
-ODD_TARGET = "/files?path=output/a%20b%2B%2541%26x%3D1%23%3F%C3%A9%E4%B8%96%22%27%5C%0D%0A%00.txt"
+ODD_PATH = "output/a b+%41&x=1#?é世\"'\\\r\n.txt"
+ODD_TARGET = "/files?path=output/a%20b%2B%2541%26x%3D1%23%3F%C3%A9%E4%B8%96%22%27%5C%0D%0A.txt"
 PERL = answer({**RUN, "exit_code": 3, "surprise": [1]})
 # Each row: method, arguments, the server's answer, what is returned, the request line, the Content-Type.
 CALLS: list[tuple[str, tuple[Any, ...], bytes, Any, str, str]] = [
@@ -3235,7 +3543,7 @@ def test_a_run_sends_what_was_given_and_nothing_else(client_of: Clients, given: 
 
 
 def test_text_of_a_run_arrives_as_it_is(client_of: Clients) -> None:
-    odd = ["p", "", " ", "\0\x1f\x7f", "\"'\\/", "é世😀\u2028\ufeff", "<&>", "%41+", "a\r\nb: c"]
+    odd = ["p", "", " ", "\x01\x1f\x7f", "\"'\\/", "é世😀\u2028\ufeff", "<&>", "%41+", "a\r\nb: c"]
     with Peer.answering(RAN) as peer:
         client_of(peer.url).run("imagé", odd, env={"Ä": "ö"}, cwd="/ü", files=odd[2:], network="ß")
     expected = {"image": "imagé", "cmd": odd, "env": ["Ä=ö"], "cwd": "/ü", "files": odd[2:], "network": "ß"}
@@ -3251,7 +3559,7 @@ def multipart(request: Received, path: str, content: bytes) -> bytes:
     return before.encode() + content + f'\r\n{part}"path"\r\n\r\n{path}\r\n--{kind[1]}--\r\n'.encode()
 
 
-@pytest.mark.parametrize("path", [ODD_PATH, 'q"u', "a\nb\r\n--x", "nul\0", "%22%", " x ", "é世😀", "..\\x", "."])
+@pytest.mark.parametrize("path", [ODD_PATH, 'q"u', "a\nb\r\n--x", "%22%", " x ", "é世😀", "..\\x", "..."])
 def test_a_path_arrives_as_it_is(client_of: Clients, path: str) -> None:
     with Peer.answering(STORED, answer(b"")) as peer:
         client = client_of(peer.url)
@@ -3275,6 +3583,22 @@ def file_at_three(make: Callable[..., Any], content: bytes, **settings: Any) -> 
     file.write(content)
     file.seek(3)
     return file
+
+
+class Streaming(Unseekable):
+    """Content that cannot be rewound and says so by a ValueError, as the files of fsspec do."""
+
+    def __init__(self, content: bytes, can_seek: bool = False) -> None:
+        super().__init__(content)
+        self.can_seek = can_seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if not self.can_seek:
+            raise ValueError("cannot seek a streaming HTTP file")
+        return 0
+
+    def tell(self) -> int:
+        raise ValueError("cannot seek a streaming HTTP file")
 
 
 def pipe_of(content: bytes) -> Any:
@@ -3304,7 +3628,7 @@ CONTENTS: dict[str, tuple[Callable[[], Any], bytes, bool]] = {
     "many bytes": (lambda: MUCH, MUCH, True),
     "bytearray": (lambda: bytearray(b"a"), b"a", True),
     "memoryview": (lambda: memoryview(array.array("H", [0x0101, 0x0202])), b"\1\1\2\2", True),
-    "text": (lambda: "é世\n", "é世\n".encode(), True),
+    "text": (lambda: "é世\n\0", "é世\n\0".encode(), True),
     "BytesIO": (lambda: file_at_three(io.BytesIO, MUCH), MUCH, True),
     "empty file": (tempfile.TemporaryFile, b"", True),
     "file": (lambda: file_at_three(tempfile.TemporaryFile, MUCH), MUCH, True),
@@ -3314,6 +3638,8 @@ CONTENTS: dict[str, tuple[Callable[[], Any], bytes, bool]] = {
     "pipe": (lambda: pipe_of(b"piped"), b"piped", False),
     "empty pipe": (lambda: pipe_of(b""), b"", False),
     "only read()": (lambda: OnlyReads(io.BytesIO(MUCH).read), MUCH, False),
+    "seek() with a ValueError": (lambda: Streaming(MUCH), MUCH, False),
+    "tell() with a ValueError": (lambda: Streaming(MUCH, can_seek=True), MUCH, False),
 }
 
 
@@ -3383,16 +3709,16 @@ class Blocked(io.RawIOBase):
 
 
 UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "blocks": (lambda: io.BufferedReader(Blocked()), TypeError, "must give bytes, not NoneType"),
+    "blocks": (lambda: io.BufferedReader(Blocked()), TypeError, " gave NoneType"),
     "shrinks": (lambda: Fickle(b"1234"), BoxerError, "changed its size while it was sent"),
     "grows": (lambda: Fickle(b"123456"), BoxerError, "changed its size while it was sent"),
-    "becomes text": (lambda: reads([b"1", "2"]), TypeError, "must give bytes, not str"),
+    "becomes text": (lambda: reads([b"1", "2"]), TypeError, " gave str"),
     "becomes a memoryview": (
         lambda: reads([b"1", memoryview(array.array("I", [1, 2]))]),
         TypeError,
-        "must give bytes, not memoryview",
+        " gave memoryview",
     ),
-    "becomes nothing": (lambda: reads([b"1", None]), TypeError, "must give bytes, not NoneType"),
+    "becomes nothing": (lambda: reads([b"1", None]), TypeError, " gave NoneType"),
     "cannot be read": (lambda: reads(map(os.read, [-1], [1])), OSError, "Bad file descriptor"),
 }
 
@@ -3538,16 +3864,32 @@ VALID: dict[str, dict[str, Any]] = {
     "download_file": {"path": "a"},
 }
 INVALID, LONE = BoxerValidationError, "a\ud800"
+
+
+class Locating:
+    """A path of a kind of its own."""
+
+    def __fspath__(self) -> str:
+        return "a"
+
+
 TIME, COUNT = "must be a number of seconds above 0, or None", "must be a whole number from "
 FIELD, TAKEN = "a name in headers is not the name of a field", "is there twice, or is set by the client itself"
 VALUE = "has a character that a field cannot hold"
 REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("", INVALID, "such as http://localhost:8080", "base_url", ["", "http://", "http:///x", "http://:80"]),
     ("", INVALID, "not a name or address", "base_url", ["http://" + "a" * 64, "http://" + "a." * 127]),
-    ("", INVALID, "such as http://localhost:8080", "base_url", ["http://h:0", "http://h:65536", "http://[::1"]),
+    ("", INVALID, "such as http://localhost:8080", "base_url", ["http://[::1", "http://[x"]),
+    (
+        "",
+        INVALID,
+        "port",
+        "base_url",
+        ["http://h:0", "http://h:65536", "http://h:8o80", "http://h:-1", "http://[::1]:x"],
+    ),
     ("", INVALID, "must begin with http:// or https://", "base_url", ["ftp://host"]),
     ("", INVALID, "http", "base_url", ["localhost:8080", "localhost", "//localhost"]),
-    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h ", "http://h\r\nX: y", "http://h\0"]),
+    ("", INVALID, "space, a backslash or a control", "base_url", ["http://h ", "http://h\r\nX: y"]),
     ("", INVALID, "space, a backslash or a control", "base_url", ["http://h\t/", "http://h\\@x", "http://h/\x7f"]),
     ("", INVALID, "no query and no fragment", "base_url", ["http://h/?a=1", "http://h?a", "http://h#x"]),
     ("", INVALID, "not a name or address", "base_url", ["http://a*b", "http://a(b", f"http://{'x' * 64}.é"]),
@@ -3559,23 +3901,26 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("", INVALID, TIME, "timeout", [0, -1, math.nan, True, "5"]),
     ("", INVALID, COUNT + "0 to", "retries", [-1, 1.5, None, "1", True]),
     ("", INVALID, COUNT + "1 to", "max_connections", [0, -1, 1.5, None]),
-    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "a\0", "é")]),
+    ("", INVALID, FIELD, "headers", [{name: "x"} for name in ("", "a b", "a:", "a\r\nb", "é")]),
     ("", INVALID, TAKEN, "headers", [{name: "x"} for name in ("Host", "content-length", "Transfer-Encoding", "TE")]),
     ("", INVALID, TAKEN, "headers", [{"X-a": "1", "X-A": "2"}]),
-    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("a\r\nB: c", "a\n", "a\r", "a\0", "\x7f", "\x85")]),
-    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("世", LONE)]),
+    ("", INVALID, VALUE, "headers", [{"X-A": value} for value in ("a\r\nB: c", "a\n", "a\r", "\x7f", "\x85")]),
+    ("", INVALID, VALUE, "headers", [{"X-A": "世"}]),
+    ("", INVALID, "a NUL character", "headers", [{"a\0": "x"}, {"X-A": "a\0"}]),
+    ("", INVALID, "a NUL character", "base_url", ["http://h\0"]),
+    ("", INVALID, "lone surrogate", "headers", [{"X-A": LONE}]),
     ("", TypeError, "must be str", "headers", [{"X-A": 1}, {b"X-A": "a"}]),
     ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
     ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
     ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
-    ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo hi']", "cmd", ["echo hi"]),
+    ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo', 'hi']", "cmd", ["echo hi"]),
     ("run", TypeError, "", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
     ("run", INVALID, "env must be a list of strings, not one string: write ['NAME=value']", "env", ["A=b"]),
     ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
     ("run", INVALID, "a name in env has an '='", "env", [{"A=B": "c"}]),
     ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
     ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
-    ("run", INVALID, "a path is empty; name a file in the server's store", "files", [["a", ""]]),
+    ("run", INVALID, "is empty; name a file in the server's store", "files", [["a", ""]]),
     ("run", TypeError, "", "files", [5, [5], b"a", [Path("a")]]),
     ("run", INVALID, "no limit 'memory'; the limits are cpu_cores, memory_mb", "limits", [{"memory": 1}]),
     ("run", TypeError, "limits must be ResourceLimits or a mapping", "limits", [5, "5", []]),
@@ -3583,20 +3928,29 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("run", TypeError, "network must be str", "network", [5, True]),
     *[("run", INVALID, "lone surrogate", name, [LONE]) for name in ("image", "cwd", "network")],
     *[("run", INVALID, "lone surrogate", name, [[f"A={LONE}"]]) for name in ("cmd", "env", "files")],
-    ("upload_file", INVALID, "a path is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_file", INVALID, "is empty; name a file in the server's store", "remote_path", [""]),
     ("upload_file", TypeError, "path must be str", "remote_path", [5, None, b"a", Path("a")]),
-    ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"], Path("a")]),
-    ("upload_file", TypeError, "text mode; open it with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
+    ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"]]),
+    ("upload_file", TypeError, "upload_path", "content", [Path("a"), Path(__file__), Locating()]),
+    ("upload_file", TypeError, "opened with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
     *[("upload_file", INVALID, "lone surrogate", name, [LONE]) for name in ("remote_path", "content")],
-    ("upload_path", INVALID, "a path is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_path", INVALID, "is empty; name a file in the server's store", "remote_path", [""]),
     ("upload_path", TypeError, "must be str", "remote_path", [5, b"a"]),
     ("upload_path", TypeError, "", "local_path", [5, None]),
     ("upload_path", FileNotFoundError, ".py.missing", "local_path", [f"{__file__}.missing"]),
-    ("download_file", INVALID, "a path is empty; name a file in the server's store", "path", [""]),
+    ("download_file", INVALID, "is empty; name a file in the server's store", "path", [""]),
     ("download_file", INVALID, "lone surrogate", "path", [LONE]),
     ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
     *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
     *[(method, INVALID, COUNT + "0 to", "retries", [-1, 0.5, "1", True]) for method in ("health", *VALID)],
+]
+REFUSED += [
+    ("", INVALID, TIME, "timeout", [decimal.Decimal(5), fractions.Fraction(-1, 2)]),
+    ("", INVALID, "retries must be a whole number", "retries", [Whole(-1), fractions.Fraction(1, 2)]),
+    ("", INVALID, "max_connections must be a whole number", "max_connections", [Whole(0), decimal.Decimal(1)]),
+    ("upload_path", INVALID, "exclude must be a list of strings, not one string", "exclude", [".git", ""]),
+    ("upload_path", TypeError, "exclude", "exclude", [[5], [b".git"], [None], b".git", {".git": 1}]),
+    ("wait_until_ready", INVALID, TIME, "timeout", [0, -1, math.nan, "1", True, decimal.Decimal(1)]),
 ]
 
 
@@ -3617,6 +3971,8 @@ def test_what_cannot_be_right_is_refused_before_anything_is_sent(
 @pytest.mark.parametrize("given", [
     {"env": "TOKEN=hunter2"}, {"env": {"TOKEN=hunter2": "x"}}, {"env": ["hunter2"]},
     {"env": {"TOKEN": "hunter2\ud800"}}, {"cmd": ["x", "hunter2\ud800"]},
+    {"env": {"TOKEN": "hunter2\0"}}, {"env": {"hunter2\0": "x"}}, {"env": ["TOKEN=hunter2\0"]},
+    {"cmd": ["x", "hunter2\0"]}, {"image": "hunter2\0"}, {"cwd": "/hunter2\0"}, {"files": ["hunter2\0"]},
 ])  # fmt: skip
 def test_a_secret_in_what_is_refused_shows_nowhere(client_of: Clients, given: dict[str, Any]) -> None:
     with pytest.raises(BoxerValidationError) as caught:
@@ -3787,6 +4143,183 @@ def test_a_local_file_s_name_arrives_as_it_is_or_is_refused(client_of: Clients, 
         check_place(client_of, place, name)
 
 
+# Each row: what is called, and an argument with NUL in it and, where it may be a secret, "hunter2".
+NULS: list[tuple[str, str, Any]] = [
+    ("run", "image", "python:3\0.12"),
+    ("run", "cmd", ["python3", "-c", "print(1)\0hunter2"]),
+    ("run", "cmd", ["\0"]),
+    ("run", "cmd", ("hunter2\0", "x")),
+    ("run", "env", {"KEY": "hunter2\0"}),
+    ("run", "env", {"A": "b", "hunter2\0": "x"}),
+    ("run", "env", ["A=b", "KEY=\0hunter2"]),
+    ("run", "env", ["hunter2\0=x"]),
+    ("run", "cwd", "/hunter2\0"),
+    ("run", "files", ["a", "hunter2\0"]),
+    ("run", "network", "none\0hunter2"),
+    ("upload_file", "remote_path", "a\0hunter2"),
+    ("upload_path", "remote_path", "a\0hunter2"),
+    ("download_file", "path", "a\0hunter2"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value"), NULS)
+def test_nul_is_refused_in_all_text_of_a_run_and_in_every_path(
+    client_of: Clients, method: str, name: str, value: Any
+) -> None:
+    given = {**VALID[method], name: value}
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        refusers: list[Any] = [lambda: getattr(client, method)(**given)]
+        refusers += [lambda: RunRequest(**given)] if method == "run" else []
+        for refuser in refusers:
+            with pytest.raises(BoxerValidationError) as caught:
+                refuser()
+            assert name.replace("remote_", "") in str(caught.value) and "NUL" in str(caught.value)
+            assert "hunter2" not in str(caught.value) + repr(vars(caught.value)) and "\0" not in str(caught.value)
+            assert caught.value.__context__ is None
+    assert peer.connections == 0
+
+
+def test_nul_is_refused_in_the_path_of_a_folder_that_is_uploaded(client_of: Clients, folder: Path) -> None:
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerValidationError, match="NUL"):
+            client.upload_path(folder, "a\0b")
+        with pytest.raises(ValueError):  # noqa: PT011 - Python's own, or one of the client's
+            client.upload_path(f"{folder}\0")
+
+
+def test_nul_in_content_arrives(client_of: Clients) -> None:
+    with Peer.answering(STORED, STORED) as peer:
+        client = client_of(peer.url)
+        for content in ("a\0b", b"a\0b"):
+            client.upload_file("a", content)
+    assert all(b"a\0b" in request.body for request in peer.requests[0])
+
+
+@pytest.mark.parametrize("path", UPWARDS)
+def test_what_is_uploaded_stays_below_the_folder_that_is_named(client_of: Clients, folder: Path, path: str) -> None:
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        for method, args in (
+            ("upload_file", (path, b"x")),
+            ("upload_path", (folder / "a.txt", path)),
+            ("upload_path", (folder, path)),
+            ("upload_path", (folder, f"{path}/")),
+        ):
+            with pytest.raises(BoxerValidationError) as caught:
+                getattr(client, method)(*args)
+            assert path in str(caught.value)
+    assert peer.connections == 0
+
+
+@pytest.mark.parametrize("path", [*UPWARDS, "...", "a..b/..c/d..", ".hidden", "a/.b"])
+def test_a_download_may_name_what_it_likes(client_of: Clients, path: str) -> None:
+    with Peer.answering(answer("abc")) as peer:
+        assert client_of(peer.url).download_file(path) == b"abc"
+    assert urllib.parse.parse_qs(peer.request.line.split(" ")[1].partition("?")[2]) == {"path": [path]}
+
+
+@pytest.mark.parametrize("path", ["...", "a..b/..c/d..", ".hidden", "a/.b", "..\\a"])
+def test_a_name_may_begin_and_end_with_dots(client_of: Clients, folder: Path, path: str) -> None:
+    with Host(lambda _: [STORED]) as host:
+        client = client_of(host.url)
+        client.upload_file(path, b"x")
+        assert client.upload_path(folder / "a.txt", path) == [path]
+        assert client.upload_path(folder / "a" / "b", path) == [f"{path}/deep.txt"]
+    assert all(f"\r\n\r\n{path}".encode() in request.body for request in host.seen)
+
+
+@pytest.mark.parametrize("path", ["", "/", "//"])
+def test_a_folder_is_never_uploaded_into_the_root_of_the_store(client_of: Clients, folder: Path, path: str) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="empty"):
+        client_of(peer.url).upload_path(folder, path)
+    assert peer.connections == 0
+
+
+# Each row: a command as one string, and the list that is meant.
+COMMANDS = [
+    ("python3 -c 1", ["python3", "-c", "1"]),
+    ("python3 -c 'print(1, 2)'", ["python3", "-c", "print(1, 2)"]),
+    ('sh -c "echo $HOME"', ["sh", "-c", "echo $HOME"]),
+    ("ls", ["ls"]),
+    ("  ls   -l ", ["ls", "-l"]),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_a_command_in_one_string_is_taken_apart_in_the_hint(client_of: Clients, command: str, words: list[str]) -> None:
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        for refuser in (lambda: client.run("i", command), lambda: RunRequest("i", command)):
+            with pytest.raises(BoxerValidationError, match="cmd must be a list of strings") as caught:
+                refuser()
+            assert repr(words) in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["", " ", "echo 'hi", 'echo "', "echo \\", "echo \0"])
+def test_a_command_in_one_string_that_cannot_be_taken_apart_is_refused_too(client_of: Clients, command: str) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="cmd"):
+        client_of(peer.url).run("i", command)
+
+
+def test_the_docstring_says_that_text_is_content_and_no_path(client_of: Clients) -> None:
+    assert "upload_path" in (inspect.getdoc(client_of.cls.upload_file) or "")
+
+
+class AsyncFile:
+    """A file whose methods are coroutines, as that of aiofiles and Starlette's UploadFile."""
+
+    async def read(self, size: int = -1) -> bytes:
+        return b""
+
+    async def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    async def tell(self) -> int:
+        return 0
+
+
+class Awaiting:
+    """A file whose reads are awaitable, and no coroutines."""
+
+    def read(self, size: int = -1) -> Any:
+        return self
+
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
+class Passing:
+    """Passes everything on to another file, as wrappers do."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("make", [AsyncFile, Awaiting, lambda: Passing(AsyncFile())])
+def test_an_asynchronous_file_is_refused_as_what_it_is(client_of: Clients, make: Callable[[], Any]) -> None:
+    with Peer([]) as peer, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        client = client_of(peer.url)
+        with pytest.raises(TypeError, match="async"):
+            client.upload_file("a", make())
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
+    assert peer.connections == 0
+
+
+def test_a_closed_file_is_an_error_of_its_own(client_of: Clients) -> None:
+    for file in (io.BytesIO(b"x"), opened(b"content")):
+        file.close()
+        with Peer([]) as peer, pytest.raises(ValueError, match="closed") as caught:
+            client_of(peer.url).upload_file("a", file)
+        assert not isinstance(caught.value, BoxerError)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests: files and folders of this machine
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3843,13 +4376,13 @@ def test_links_to_files_of_a_folder_are_followed(client_of: Clients, folder: Pat
 # Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
 NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
-    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "is a link to a folder; put a copy"),
+    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "is a link to a folder; exclude it"),
     ("a link by way of ..", lambda path: path.symlink_to("../../other/file"), "leaves the folder"),
     ("a link to the folder's own start", lambda path: path.symlink_to("../../project/file"), "leaves the folder"),
-    ("a link to a folder within", lambda path: path.symlink_to("../empty"), "is a link to a folder; put a copy"),
+    ("a link to a folder within", lambda path: path.symlink_to("../empty"), "is a link to a folder; exclude it"),
     ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
     ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
-    ("a link to its folder", lambda path: path.symlink_to("."), "is a link to a folder; put a copy"),
+    ("a link to its folder", lambda path: path.symlink_to("."), "is a link to a folder; exclude it"),
     ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "is a link to a folder"),
     ("a pipe", os.mkfifo, "neither a file nor a folder"),
     ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
@@ -3987,6 +4520,100 @@ def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients
     assert not stuck.is_set()
 
 
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder as people have them: with what no sandbox needs, and what no upload takes."""
+    root = tmp_path / "proj"
+    for name in (
+        ".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/main.py", "app/old.pyc",
+        "app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py", "[x].txt",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+EVERYTHING = [
+    ".git/config", ".git/objects/aa/bb", "[x].txt", "app/__pycache__/main.cpython-312.pyc", "app/data/x.csv",
+    "app/main.py", "app/old.pyc", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py",
+]  # fmt: skip
+# Each row: what is excluded, and what of everything then is not sent.
+EXCLUDED: list[tuple[Any, list[str]]] = [
+    ((), []),
+    ([], []),
+    ([".git"], [".git/config", ".git/objects/aa/bb"]),
+    ((".git", "*.pyc"), [".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/old.pyc"]),
+    (["__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
+    (["app/__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
+    (["data/*.csv"], ["data/x.csv"]),
+    (["*.csv"], ["app/data/x.csv", "data/x.csv"]),
+    (["data"], ["app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv"]),
+    (["data/sub"], ["data/sub/deep.txt"]),
+    (["sub"], ["data/sub/deep.txt"]),
+    (["main.py"], ["app/main.py", "main.py", "proj/main.py"]),
+    (["app/main.py"], ["app/main.py"]),
+    (["proj/main.py"], ["proj/main.py"]),
+    (["app/*.p[xy]"], ["app/main.py"]),
+    (["?ain.py"], ["app/main.py", "main.py", "proj/main.py"]),
+    (["[[]x].txt"], ["[x].txt"]),
+    (["*.PYC", "Data", "mai", "ata/x.csv", "/main.py", ""], []),
+    (["*"], EVERYTHING),
+]
+
+
+@pytest.mark.parametrize(("exclude", "left_out"), EXCLUDED, ids=str)
+def test_what_is_excluded_is_not_sent(client_of: Clients, project: Path, exclude: Any, left_out: list[str]) -> None:
+    expected = [f"x/{name}" for name in EVERYTHING if name not in left_out]
+    with store() as server:
+        assert client_of(server.url).upload_path(project, "x", exclude=exclude) == expected
+        assert len(server.requests) == len(expected)
+
+
+def test_what_is_excluded_may_be_given_one_by_one(client_of: Clients, project: Path) -> None:
+    with store() as server:
+        remote = client_of(server.url).upload_path(project, exclude=(name for name in (".git", "app", "data", "[[]*")))
+    assert remote == ["proj/main.py", "proj/proj/main.py"]
+
+
+def test_a_folder_s_own_name_excludes_nothing(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "a.txt").write_bytes(b"")
+    with store() as server:
+        assert client_of(server.url).upload_path(tmp_path / "build", exclude=["build"]) == ["build/a.txt"]
+
+
+@pytest.mark.parametrize(("make", "name"), [
+    (lambda path: path.symlink_to("user@host.4711:1700000000"), ".#main.py"),
+    (lambda path: path.symlink_to("/etc"), ".venv"),
+    (lambda path: path.symlink_to("."), "app/self"),
+    (lambda path: path.symlink_to("data"), "latest"),
+    (lambda path: path.symlink_to(__file__), "app/outside"),
+    (os.mkfifo, "pipe"),
+], ids=["a lock", "a folder outside", "its own folder", "a folder within", "a file outside", "a pipe"])  # fmt: skip
+def test_what_cannot_be_uploaded_stops_nothing_if_it_is_excluded(
+    client_of: Clients, project: Path, make: Callable[[Path], Any], name: str
+) -> None:
+    make(project / name)
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(project, "x", exclude=[name]) == [f"x/{one}" for one in EVERYTHING]
+        assert len(client.upload_path(project, "x", exclude=[name.rpartition("/")[2]])) == len(EVERYTHING)
+        before = len(server.requests)
+        with pytest.raises(BoxerValidationError, match=re.escape(name)):
+            client.upload_path(project, "x", exclude=["*.pyc"])
+        assert len(server.requests) == before
+
+
+def test_an_excluded_folder_is_not_looked_into(client_of: Clients, project: Path) -> None:
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").symlink_to("/usr/bin/python3")
+    os.mkfifo(project / ".venv" / "pipe")
+    (project / "secret").mkdir(mode=0)
+    with store() as server:
+        remote = client_of(server.url).upload_path(project, "x", exclude=[".venv", "secret"])
+    assert remote == [f"x/{name}" for name in EVERYTHING]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Responses: what a call makes of an answer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4072,18 +4699,18 @@ NGINX = """<html>\r\n<head><title>502 Bad Gateway</title><style>h1 {color: red}<
 # Each row: an answer, and the text of the error.
 REASONS: list[tuple[bytes, str]] = [
     (answer({"error": "image pull failed: x"}, "500 Oops"), "image pull failed: x"),
-    (answer({"error": " é \x1b[31m\0\n\u202eab "}, "500 Oops"), "é [31m ab"),
+    (answer({"error": " é \x1b[31m\0\n\u202eab\x1b]0;title\x07 "}, "500 Oops"), "é ab"),
     (answer("404 page not found", "404 Not Found"), "404 Not Found: 404 page not found"),
     (answer(NGINX, "502 Bad Gateway", Content_Type="text/html"), "502 Bad Gateway: 502 Bad Gateway nginx/1.22.1"),
     (answer("", "500 Internal Server Error"), "500 Internal Server Error"),
     (answer(f"<p>no &#{'9' * 5000}; luck &#x2014;", "500 Oops"), "500 Oops: no ; luck —"),
     (answer("<p>no<!-- luck", "500 Oops"), "500 Oops: no"),
     (answer("<p>no<script>luck()", "500 Oops"), "500 Oops: no"),
-    (answer("", "418 \x9b31m" + "z" * 3000), "418 31m" + "z" * 1993 + " …"),
+    (answer("", "418 \x9b31m" + "z" * 3000), "418 " + "z" * 1990),
     (answer(" \n", "500 Internal Server Error"), "500 Internal Server Error"),
     (answer("", "500 "), "500"),
     (answer("", "500"), "500"),
-    (answer("a\r\nb\x00\x9b c", "400 Bad"), "400 Bad: a b c"),
+    (answer("a\r\nb\x00\x85 c", "400 Bad"), "400 Bad: a b c"),
     (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=ISO-8859-1"), "400 Bad: café"),
     (answer(b"caf\xe9", "400 Bad", Content_Type="text/plain; charset=punycode"), "400 Bad: caf\ufffd"),
     (answer({"error": 5}, "400 Bad"), '400 Bad: {"error": 5}'),
@@ -4104,8 +4731,188 @@ REASONS: list[tuple[bytes, str]] = [
 def test_the_text_of_an_error_is_the_server_s_own_reason(client_of: Clients, response: bytes, text: str) -> None:
     with Peer([[Do.REQUEST, iter((response,)), Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError) as caught:
         client_of(peer.url, retries=0).run("i", ["c"])
-    assert str(caught.value) == text and text.isprintable()
+    # What is not in the server's own words may go on, with what to look at.
+    assert str(caught.value).startswith(text) and str(caught.value).isprintable() and len(str(caught.value)) < 2_500
+    assert str(caught.value) == text or not re.search(rb'\r\n\r\n{"error": "[^"]', response)
     assert len(peer.requests[0]) == peer.connections == 1
+
+
+PATH_WITH_A_SPACE = "data/a b.txt"
+FILE_CALLS: dict[str, Callable[[Path], Call]] = {
+    "upload_file": lambda _: ("upload_file", (PATH_WITH_A_SPACE, b"content"), {}),
+    "upload_file of a file": lambda _: ("upload_file", (PATH_WITH_A_SPACE, io.BytesIO(b"content")), {}),
+    "upload_path of a file": lambda folder: ("upload_path", (folder / "a b.txt", PATH_WITH_A_SPACE), {}),
+    "upload_path of a folder": lambda folder: ("upload_path", (folder, "data"), {}),
+    "download_file": lambda _: ("download_file", (PATH_WITH_A_SPACE,), {}),
+}
+# What goes wrong with a file; and the class of the error.
+FILE_FAULTS: dict[str, tuple[list[Any], type[BoxerError]]] = {
+    "refused": ([Do.REQUEST, failing("413 Request Entity Too Large", "upload exceeds limit")], BoxerAPIError),
+    "a status of its own": ([Do.REQUEST, failing("507 Insufficient Storage", "no")], BoxerOutputLimitError),
+    "refused in HTML": ([Do.REQUEST, answer("<p>no</p>", "502 Bad Gateway", Content_Type="text/html")], BoxerAPIError),
+    "redirected": ([Do.REQUEST, answer("", "302 Found", Location="/login")], BoxerAPIError),
+    "encoded": ([Do.REQUEST, answer(b"\x1f\x8b", Content_Encoding="gzip")], BoxerAPIError),
+    "closed": ([Do.REQUEST, Do.FIN], BoxerConnectionError),
+    "reset": ([Do.REQUEST, Do.RST], BoxerConnectionError),
+    "cut": ([Do.REQUEST, answer("abc")[:-1], Do.FIN], BoxerConnectionError),
+    "malformed": ([Do.REQUEST, raw("A : b")], BoxerConnectionError),
+    "not HTTP": ([Do.REQUEST, b"SSH-2.0-OpenSSH_9.6\r\n"], BoxerConnectionError),
+    "not answered": ([Do.REQUEST], BoxerTimeoutError),
+    "answered by half": ([Do.REQUEST, b"HTTP/1.1 200 OK\r\n"], BoxerTimeoutError),
+}
+
+
+@pytest.mark.parametrize("call", FILE_CALLS)
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_every_error_of_a_file_names_it(client_of: Clients, tmp_path: Path, fault: str, call: str) -> None:
+    script, kind = FILE_FAULTS[fault]
+    (tmp_path / "a b.txt").write_bytes(b"content")
+    with Peer([script]) as peer:
+        client = client_of(peer.url, retries=0, timeout=0.3 if kind is BoxerTimeoutError else 30)
+        error = outcome(client, FILE_CALLS[call](tmp_path))
+    assert type(error) is kind and PATH_WITH_A_SPACE in str(error), error
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error)) and str(error).isprintable()
+
+
+@pytest.mark.parametrize("call", FILE_CALLS)
+def test_the_error_of_a_file_for_which_there_is_no_connection_names_it(
+    client_of: Clients, tmp_path: Path, call: str
+) -> None:
+    (tmp_path / "a b.txt").write_bytes(b"content")
+    error = outcome(client_of(refused_url(), retries=0), FILE_CALLS[call](tmp_path))
+    assert type(error) is BoxerConnectionError and not error.request_sent and PATH_WITH_A_SPACE in str(error)
+
+
+def test_the_error_of_a_file_that_is_refused_after_several_tries_names_it_once(
+    client_of: Clients, clock: Clock
+) -> None:
+    with Host(lambda _: [failing("503 Service Unavailable", "busy")]) as host:
+        error = outcome(client_of(host.url), ("upload_file", (PATH_WITH_A_SPACE, b"x"), {}))
+    assert len(host.seen) == 3 and str(error).count(PATH_WITH_A_SPACE) == 1
+
+
+def test_the_error_of_a_file_that_changes_its_size_names_it(client_of: Clients) -> None:
+    with Frail(lambda _: [STORED]) as host:
+        error = outcome(client_of(host.url), ("upload_file", (PATH_WITH_A_SPACE, Fickle(b"123456")), {}))
+    assert type(error) is BoxerError and PATH_WITH_A_SPACE in str(error)
+
+
+def test_the_error_of_a_file_in_the_middle_of_its_download_names_it(client_of: Clients) -> None:
+    with Peer([[Do.REQUEST, answer("abcd")[:-1]]]) as peer:
+        error = outcome(client_of(peer.url, timeout=0.3), ("download_file", (PATH_WITH_A_SPACE,), {}))
+    assert is_expected(error, (BoxerTimeoutError, 0, PATH_WITH_A_SPACE))
+
+
+@pytest.mark.parametrize("method", ["upload_file", "download_file"])
+def test_the_path_of_a_file_in_an_error_cannot_hurt_a_terminal(client_of: Clients, method: str) -> None:
+    path = "a\x1b]0;x\x07\r\n\u202etxt.b"
+    with Peer.answering(failing("404 Not Found", "file not found")) as peer:
+        error = outcome(client_of(peer.url), (method, (path, b"x")[: 2 if method == "upload_file" else 1], {}))
+    assert is_expected(error, refusal(404, "file not found")) and str(error).isprintable()
+    assert "txt.b" in str(error) and "\u202e" not in str(error)
+
+
+@pytest.mark.parametrize("path", ["data/x.json", "x", "outputs/x", "data/output/x"])
+def test_a_file_that_is_not_there_is_named(client_of: Clients, path: str) -> None:
+    with store() as server:
+        error = outcome(client_of(server.url), ("download_file", (path,), {}))
+    assert is_expected(error, refusal(404, path)) and str(error).startswith("file not found")
+    assert "persist" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "path", ["output/boxer-1/result.json", "output/boxer-1/a/b", "output/x", "/output/result.json"]
+)
+def test_an_output_that_is_not_there_hints_at_persist(client_of: Clients, path: str) -> None:
+    with store() as server:
+        error = outcome(client_of(server.url), ("download_file", (path,), {}))
+    assert is_expected(error, refusal(404, path)) and "persist=True" in str(error)
+
+
+def test_an_output_that_is_refused_for_another_reason_hints_at_nothing(client_of: Clients) -> None:
+    with Peer.answering(failing("400 Bad Request", "no")) as peer:
+        error = outcome(client_of(peer.url), ("download_file", ("output/boxer-1/x",), {}))
+    assert is_expected(error, refusal(400, "output/boxer-1/x")) and "persist" not in str(error)
+
+
+LOGIN = "<!doctype html><html><head><title>Sign in</title></head><body><p>Sign in</p></body></html>"
+# The method and the path of each call.
+URLS = {
+    "run": ("POST", "/run"),
+    "health": ("GET", "/healthz"),
+    "upload_file": ("POST", "/files"),
+    "download_file": ("GET", "/files"),
+}
+
+
+def is_doubted(error: BoxerError) -> bool:
+    """Tell whether an error says that the server may be another one, or its URL wrong."""
+    return bool(re.search(r"Boxer|\bURL\b", str(error)))
+
+
+# What servers that are no Boxer server say; and whether a file may say so, too.
+OTHER_SERVERS: dict[str, tuple[bytes, bool]] = {
+    "404 in text": (answer("404 page not found", "404 Not Found", Content_Type="text/plain"), False),
+    "404 in HTML": (answer("<h1>Not Found</h1>", "404 Not Found", Content_Type="text/html"), False),
+    "404 in other JSON": (answer({"detail": "Not Found"}, "404 Not Found"), False),
+    "404 without a word": (answer("", "404 Not Found"), False),
+    "405 in HTML": (answer("<h1>Not Allowed</h1>", "405 Not Allowed", Content_Type="text/html"), False),
+    "200 in HTML": (answer(LOGIN, Content_Type="text/html; charset=utf-8"), True),
+    "200 in text": (answer("It works!"), True),
+    "200 without a word": (answer(""), True),
+    "200 in spaces": (answer(" \r\n"), True),
+    "200 in half of JSON": (answer('{"exec_id": "boxer'), True),
+    "200 in a list": (answer([1]), True),
+    "200 in other JSON": (answer({"message": "Welcome"}), True),
+}  # fmt: skip
+
+
+OTHER_ANSWERS = [(name, call) for name in OTHER_SERVERS for call in (RUN_IT, PUT_FILE)]
+OTHER_ANSWERS += [(name, DOWNLOAD) for name, (_, may_be_a_file) in OTHER_SERVERS.items() if not may_be_a_file]
+
+
+@pytest.mark.parametrize(("name", "call"), OTHER_ANSWERS, ids=str)
+def test_what_is_no_boxer_server_is_doubted_by_its_url(client_of: Clients, call: Call, name: str) -> None:
+    said, _ = OTHER_SERVERS[name]
+    with Peer.answering(said) as peer:
+        error = outcome(client_of(f"http://joe:hunter2@{peer.authority}/api", retries=0), call)
+    method, path = URLS[call[0]]
+    assert type(error) is BoxerAPIError and f" {error.status_code} " in said[:20].decode()
+    assert method in str(error) and f"http://{peer.authority}/api{path}" in str(error) and is_doubted(error)
+    assert "Expecting" not in str(error) and str(error).isprintable() and "hunter2" not in all_text(error)
+
+
+# What peers that do not speak HTTP/1.1 say.
+OTHER_PROTOCOLS = {
+    "SSH": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "SMTP": b"220 mail.test ESMTP\r\n",
+    "Redis": b"-ERR unknown command 'POST'\r\n",
+    "TLS": b"\x15\x03\x01\x00\x02\x02\x46",
+    "HTTP/2": b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x05\x00\x00\x40\x00",
+    "HTTP/0.9": b"<html>",
+}
+
+
+@pytest.mark.parametrize("call", [RUN_IT, GET_HEALTH, DOWNLOAD], ids=["run", "health", "download"])
+@pytest.mark.parametrize("name", OTHER_PROTOCOLS)
+def test_what_does_not_speak_http_is_doubted_by_its_url(client_of: Clients, call: Call, name: str) -> None:
+    with Peer.answering(OTHER_PROTOCOLS[name]) as peer:
+        error = outcome(client_of(f"http://joe:hunter2@{peer.authority}/api", retries=0), call)
+    method, path = URLS[call[0]]
+    assert is_expected(error, lost("HTTP")) and is_doubted(error)
+    assert method in str(error) and f"http://{peer.authority}/api{path}" in str(error)
+    assert str(error).isprintable() and "hunter2" not in all_text(error)
+
+
+@pytest.mark.parametrize("end", [Do.FIN, Do.RST])
+@pytest.mark.parametrize("call", [RUN_IT, GET_HEALTH, PUT_FILE, DOWNLOAD], ids=["run", "health", "upload", "download"])
+def test_a_connection_that_ends_without_an_answer_is_named_by_its_url(client_of: Clients, call: Call, end: Do) -> None:
+    with Peer([[Do.REQUEST, end]]) as peer:
+        error = outcome(client_of(f"http://joe:hunter2@{peer.authority}/api", retries=0), call)
+    method, path = URLS[call[0]]
+    assert is_expected(error, lost()) and "hunter2" not in all_text(error)
+    assert method in str(error) and f"http://{peer.authority}/api{path}" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4219,7 +5026,11 @@ def test_the_environment_says_which_proxy_there_is(
     assert (straight.connections, proxy.connections) == ((0, 1) if is_proxied else (1, 0))
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"])
+LOOPBACK = ["localhost", "LOCALHOST", "127.0.0.1", "[::1]"]
+LOOPBACK += ["localhost.", "LocalHost.", "boxer.localhost", "a.b.LOCALHOST", "boxer.localhost."]
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
 def test_loopback_never_goes_through_a_proxy(client_of: Clients, setenv: Any, host: str) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         setenv(name, refused_url())
@@ -4233,7 +5044,7 @@ def test_a_proxy_without_a_port_is_at_port_80_whatever_the_origin_s_scheme(
 ) -> None:
     setenv("https_proxy", proxy)
     client = client_of("https://boxer.test", retries=0)
-    assert is_expected(outcome(client, GET_HEALTH), lost("proxy.invalid:80: no connection"))
+    assert is_expected(outcome(client, GET_HEALTH), lost("the proxy proxy.invalid:80 (for boxer.test): no connection"))
 
 
 @pytest.mark.parametrize("proxy", ["https://proxy.test:3128", "socks5://proxy.test:1080", "http://", "http://a b"])
@@ -4295,6 +5106,108 @@ def test_secrets_are_never_shown(
         error = outcome(client, run(env={"KEY": "hunter2"}))
         assert isinstance(error, BoxerError) and "hunter2" not in all_text(error)
         assert not [text for text in (repr(client), str(client), caplog.text) if "hunter2" in text]
+
+
+# Each row: the host of a URL, the value of NO_PROXY, and whether a request goes straight there.
+NETWORKS = [
+    ("10.1.2.3", "10.0.0.0/8", True),
+    ("11.1.2.3", "10.0.0.0/8", False),
+    ("10.1.2.3", "192.168.0.0/16 , 10.1.0.0/16", True),
+    ("10.1.2.3", "10.2.0.0/16,10.3.0.0/16", False),
+    ("10.1.2.3", "10.1.2.3/32", True),
+    ("10.1.2.3", "10.1.2.4/31", False),
+    ("10.1.2.3", "10.9.9.9/8", True),
+    ("10.1.2.3", "0.0.0.0/0", True),
+    ("10.1.2.3", "10.1.2.3", True),
+    ("10.1.2.3", "10.0.0.0/99,nonsense/8,/,/8,10.0.0.0/,10.1.2.3/x,1.2/3", False),
+    ("10.1.2.3", "10.0.0.0/99,nonsense/8,10.0.0.0/8", True),
+    ("10.1.2.3", "fd00::/8", False),
+    ("10.1.2.3", "10.1.2", False),
+    ("[fd00::1]", "fd00::/8", True),
+    ("[2001:db8::1]", "fd00::/8", False),
+    ("[fd00::1]", "::/0", True),
+    ("[fd00::1]", "0.0.0.0/0", False),
+    ("[fd00::1]", "fd00::1", True),
+    ("[fd00::1]", "FD00:0:0::1", True),
+    ("[FD00:0::1]", "fd00::1", True),
+    ("[fd00::1]", "[fd00::1]", True),
+    ("[fd00::1]", "a.test, fd00::1/128", True),
+    ("[fd00::1]", "fd00::2", False),
+    ("[fd00::1]", "[fd00::1]:<port>", True),
+    ("boxer.test", "10.0.0.0/8", False),
+    ("boxer.test", "0.0.0.0/0, ::/0", False),
+]
+
+
+@pytest.mark.parametrize("variable", ["no_proxy", "NO_PROXY"])
+@pytest.mark.parametrize(("host", "value", "is_straight"), NETWORKS)
+def test_no_proxy_may_name_networks_and_addresses(
+    client_of: Clients, setenv: Any, host: str, value: str, is_straight: bool, variable: str
+) -> None:
+    with Frail(lambda _: [RAN]) as straight, Frail(lambda _: [RAN]) as proxy:
+        setenv("http_proxy", f"http://{proxy.authority}")
+        setenv(variable, value.replace("<port>", str(straight.port)))
+        assert client_of(f"http://{host}:{straight.port}").run("image", ["true"]) == RESULT
+    assert (straight.connections, proxy.connections) == ((1, 0) if is_straight else (0, 1))
+
+
+def test_no_proxy_may_name_networks_of_https(client_of: Clients, setenv: Any, ca: trustme.CA) -> None:
+    setenv("https_proxy", refused_url())
+    setenv("no_proxy", "10.0.0.0/8")
+    with Host(lambda _: [RAN], context=serving(ca, "10.1.2.3")) as host:
+        client = client_of(f"https://10.1.2.3:{host.port}", ssl_context=trusting(ca))
+        assert client.run("image", ["true"]) == RESULT
+
+
+@pytest.mark.parametrize("host", ["notlocalhost.test", "localhost.test", "localhost.boxer.test."])
+def test_what_only_looks_like_this_machine_goes_through_a_proxy(client_of: Clients, setenv: Any, host: str) -> None:
+    with Host(lambda _: [RAN]) as proxy:
+        setenv("http_proxy", proxy.url)
+        assert client_of(f"http://{host}:9").run("image", ["true"]) == RESULT
+
+
+BAD_URLS = {
+    "localhost:8080": "http://", "ftp://h": "http://", "h": "http", "http://": "host", "http://a*b": "host",
+    "http://h:0": "port", "http://h:99999": "port", "http://h:8o80": "port", "http://h /": "space",
+    " http://h": "space", "http://h/?a=b": "query", "http://h\ud800": "", "http://a%3Ab:p@h": "colon",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", BAD_URLS, ids=ascii)
+def test_a_bad_url_says_where_it_comes_from(client_of: Clients, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    if "\ud800" in url and sys.platform == "win32":
+        pytest.skip("no such value can be set here")
+    monkeypatch.setenv("BOXER_URL", url.replace("\ud800", "\udcff"))
+    with pytest.raises(BoxerValidationError, match="BOXER_URL") as of_variable:
+        client_of()
+    monkeypatch.setenv("BOXER_URL", "http://fine")
+    with pytest.raises(BoxerValidationError) as of_argument:
+        client_of(url)
+    assert "BOXER_URL" not in str(of_argument.value)
+    for error in (of_variable, of_argument):
+        assert BAD_URLS[url] in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:{}@h:0", "http://me:{}/x@h", "http://me:{}#x@h", "http://me:{}?x@h:80"])
+@pytest.mark.parametrize("where", ["argument", "BOXER_URL", "http_proxy"])
+def test_a_bad_url_shows_no_password_even_if_it_is_where_the_port_should_be(
+    client_of: Clients, setenv: Any, where: str, url: str
+) -> None:
+    secret = "hunter2"
+    setenv("BOXER_URL", "http://boxer.test")
+    if where != "argument":
+        setenv(where, url.format(secret))
+    with pytest.raises(BoxerValidationError) as caught:
+        client_of(url.format(secret) if where == "argument" else None)
+    assert secret not in str(caught.value) + repr(vars(caught.value)) and caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_with_a_bad_port_is_said_to_be_the_proxy(client_of: Clients, setenv: Any, scheme: str) -> None:
+    setenv(f"{scheme}_proxy", "http://proxy.test:99999")
+    with pytest.raises(BoxerValidationError, match="proxy") as caught:
+        client_of(f"{scheme}://boxer.test")
+    assert "port" in str(caught.value) and "base_url" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5001,13 +5914,13 @@ def test_every_call_of_version_0_1_0_still_means_the_same(old: Any, new: Any) ->
 def test_every_name_of_version_0_1_0_is_still_there() -> None:
     names = "AsyncBoxerClient BoxerAPIError BoxerClient BoxerError BoxerOutputLimitError BoxerTimeoutError"
     assert {*names.split(), "ResourceLimits", "RunResult"} <= set(boxer.__all__) <= set(dir(boxer))
-    for name in ("health", "run", "upload_file", "upload_path", "download_file", "aclose"):
+    for name in ("health", "wait_until_ready", "run", "upload_file", "upload_path", "download_file", "aclose"):
         assert inspect.iscoroutinefunction(getattr(AsyncBoxerClient, name))
     assert not inspect.iscoroutinefunction(BoxerClient.close)
 
 
 def test_the_clients_have_the_same_methods_and_parameters() -> None:
-    for name in ("health", "run", "upload_file", "upload_path", "download_file"):
+    for name in ("health", "wait_until_ready", "run", "upload_file", "upload_path", "download_file"):
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient))
         assert ours == theirs
 
@@ -5053,7 +5966,7 @@ def test_a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_modul
             try:
                 client.download_file("a.txt")
             except BoxerError as error:
-                return f"{result.stdout.strip()}, {error}, {isinstance(error, BoxerAPIError)}"
+                return f"{result.stdout.strip()}, {str(error)[:2]}, {isinstance(error, BoxerAPIError)}"
         raise AssertionError
 
     async def use_async(url: str) -> str:
@@ -5063,7 +5976,7 @@ def test_a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_modul
             try:
                 await client.download_file("a.txt")
             except BoxerError as error:
-                return f"{result.stdout.strip()}, {error}, {isinstance(error, BoxerAPIError)}"
+                return f"{result.stdout.strip()}, {str(error)[:2]}, {isinstance(error, BoxerAPIError)}"
         raise AssertionError
 
     def use_in_a_loop(url: str) -> str:
@@ -5088,7 +6001,7 @@ def test_a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_modul
 @pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
 def test_tools_can_read_the_types_of_every_method(cls: type) -> None:
     methods = [method for name, method in inspect.getmembers(cls, inspect.isfunction) if name[0] != "_"]
-    assert len(methods) == 6
+    assert len(methods) == 7
     for method in (cls.__init__, *methods):  # type: ignore[misc]
         parameters = set(inspect.signature(method).parameters)
         assert set(typing.get_type_hints(method)) == parameters - {"self"} | {"return"}
@@ -5133,6 +6046,55 @@ def test_the_default_of_a_call_s_timeout_can_be_given(client_of: Clients) -> Non
     with Peer([[Do.REQUEST, Do.DRAIN]]) as peer:
         client = client_of(peer.url, timeout=0.2)
         assert is_expected(outcome(client, RUN_IT, timeout=default), (BoxerTimeoutError, 0, "0.2 s"))
+
+
+@pytest.mark.parametrize("owner", [BoxerClient.run, AsyncBoxerClient.run, RunRequest])
+def test_tools_know_the_networks_and_take_any_other_text(owner: Any) -> None:
+    hint = typing.get_type_hints(owner)["network"]
+    kinds = typing.get_args(hint)
+    literals = [value for kind in kinds for value in typing.get_args(kind)]
+    assert {"none", "sandbox", "host"} <= set(literals) and {str, type(None)} <= set(kinds)
+
+
+OLD_PYTHON = """
+import sys
+
+sys.version_info = (3, 8, 18, "final", 0)
+try:
+    import boxer
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_python_that_is_too_old_is_told_so_in_one_line(tmp_path: Path) -> None:
+    said = program_beside_boxer(tmp_path, OLD_PYTHON)
+    assert "3.9" in said and said.count("\n") == 1
+
+
+def test_a_python_that_is_too_old_can_read_what_tells_it_so() -> None:
+    ast.parse(Path(inspect.getfile(boxer)).read_text("utf-8"), feature_version=(3, 8))
+
+
+def python_3_8() -> str | None:
+    """Return a Python 3.8 that works, if this machine has one: on the PATH, or of pyenv's."""
+    installed = Path.home().glob(".pyenv/versions/3.8.*/bin/python3.8")
+    for candidate in filter(None, [found("python3.8"), *map(str, installed)]):
+        done = subprocess.run([candidate, "--version"], capture_output=True, text=True, timeout=60)
+        if done.returncode == 0 and done.stdout.startswith("Python 3.8."):
+            return candidate
+    return None
+
+
+def test_a_copied_file_says_under_python_3_8_that_it_needs_3_9(tmp_path: Path) -> None:
+    program = python_3_8()
+    if program is None:
+        pytest.skip("this machine has no Python 3.8")
+    shutil.copy(inspect.getfile(boxer), tmp_path)
+    line = [program, "-E", "-S", "-c", "import boxer"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().split("\n")[-1]
+    assert done.returncode == 1 and last.startswith("ImportError: ") and "3.9" in last and "boxer" in last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5229,7 +6191,7 @@ def test_an_upload_that_fails_in_the_middle_ends_them_all(client_of: Clients, ma
     script: list[list[PeerStep]] = [[Do.REQUEST, refuse(number)] for number in range(8)]
     with Peer([*script, [Do.REQUEST, WELL]]) as peer:
         client = client_of(peer.url)
-        with pytest.raises(BoxerAPIError, match=r"^upload exceeds limit$") as caught:
+        with pytest.raises(BoxerAPIError, match=r"^upload exceeds limit.*m/05\.txt") as caught:
             client.upload_path(many, "m")
         assert caught.value.status_code == 413
         assert client.health()
@@ -5485,7 +6447,8 @@ def test_a_certificate_that_does_not_hold_is_refused_and_not_tried_again(
             setenv("https_proxy", f"http://{host.authority}")
         client = client_of(f"https://boxer.test:{host.port}", ssl_context=trusting(ca) if is_trusting else None)
         error = outcome(client, RUN_IT)
-        assert is_expected(error, lost(f":{host.port}: TLS failed")) and not error.request_sent
+        assert is_expected(error, lost("TLS failed")) and not error.request_sent
+        assert f"boxer.test:{host.port}" in str(error)
         assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
     assert (host.connections, host.seen, clock.pauses) == (1, [], [])
 
@@ -5588,6 +6551,67 @@ def test_an_answer_that_is_cut_off_within_tls_is_no_answer(
         # Asyncio may drop what came together with bytes that are not TLS.
         is_lost = client_of.kind == "async" and end == "garbage" and is_expected(got, lost())
         assert is_lost or is_expected(got, expected), got
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("host", ["boxer.test.", "Boxer.TEST.", "boxer.test"])
+def test_tls_is_told_a_name_without_its_final_dot(
+    client_of: Clients, setenv: Any, ca: trustme.CA, host: str, is_proxied: bool
+) -> None:
+    names: list[str | None] = []
+    inside = serving(ca, "boxer.test")
+    inside.sni_callback = lambda _socket, name, _context: names.append(name)
+    with Frail(lambda _: [RAN], inside, is_proxied) as server:
+        if is_proxied:
+            setenv("https_proxy", f"http://{server.authority}")
+        client = client_of(f"https://{host}:{server.port}", ssl_context=trusting(ca), retries=0)
+        assert outcome(client, RUN_IT) == RESULT
+    assert names == ["boxer.test"]
+
+
+def test_a_certificate_of_another_name_does_not_hold_for_a_name_with_a_final_dot(
+    client_of: Clients, setenv: Any, ca: trustme.CA
+) -> None:
+    with Frail(lambda _: [RAN], serving(ca, "other.test")) as server:
+        client = client_of(f"https://boxer.test.:{server.port}", ssl_context=trusting(ca), retries=0)
+        assert is_expected(outcome(client, RUN_IT), lost("TLS failed"))
+    assert server.seen == []
+
+
+def hello(sock: Any) -> None:
+    assert sock.recv(65536)[:1] == b"\x16", "this is no handshake"
+
+
+# What servers that speak plain HTTP answer to a TLS handshake.
+PLAIN_ANSWERS = {
+    "Go": b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+    b"400 Bad Request",
+    "nginx": answer("<html><head><title>400 Bad Request</title></head></html>", "400 Bad Request", Connection="close"),
+    "HTTP/1.0": b"HTTP/1.0 400 Bad request version\r\n\r\n",
+    "Python": b"HTTP/1.1 505 HTTP Version Not Supported\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+@pytest.mark.parametrize("name", PLAIN_ANSWERS)
+def test_https_to_a_port_of_plain_http_says_so_and_is_not_tried_again(
+    client_of: Clients, clock: Clock, setenv: Any, ca: trustme.CA, name: str, is_proxied: bool
+) -> None:
+    opened: list[Any] = [Do.HEAD, ESTABLISHED] if is_proxied else []
+    with Peer([[*opened, hello, PLAIN_ANSWERS[name], half_close, Do.DRAIN]]) as peer:
+        if is_proxied:
+            setenv("https_proxy", peer.url)
+        client = client_of(f"https://boxer.test:{peer.port}", ssl_context=trusting(ca))
+        error = outcome(client, RUN_IT)
+    assert is_expected(error, lost(f":{peer.port}")) and not error.request_sent
+    assert "plain HTTP" in str(error) and clock.pauses == [] and peer.connections == 1
+
+
+def test_https_to_the_stand_in_says_that_it_speaks_plain_http(client_of: Clients, clock: Clock) -> None:
+    with store() as server:
+        error = outcome(client_of(server.url.replace("http:", "https:")), GET_HEALTH, retries=2)
+        assert is_expected(error, lost("plain HTTP")) and server.connections == 1
+    assert clock.pauses == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5696,6 +6720,35 @@ def test_a_proxy_that_refuses_or_is_dead(client_of: Clients, setenv: Any) -> Non
     assert is_expected(error, lost(proxy.authority)) and not error.request_sent
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("call", [RUN_IT, GET_HEALTH, DOWNLOAD], ids=["run", "health", "download"])
+def test_a_proxy_that_cannot_be_reached_is_named_with_the_host_that_it_was_for(
+    client_of: Clients, setenv: Any, scheme: str, call: Call
+) -> None:
+    proxy = refused_url().partition("//")[2]
+    for authority in (proxy, "proxy.invalid:3128"):
+        setenv(f"{scheme}_proxy", f"http://joe:hunter2@{authority}")
+        error = outcome(client_of(f"{scheme}://ann:hunter2@boxer.test:8443", retries=0), call)
+        assert type(error) is BoxerConnectionError and not error.request_sent
+        assert "proxy" in str(error).replace("proxy.invalid", "") and authority in str(error)
+        assert "boxer.test:8443" in str(error) and "hunter2" not in all_text(error)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_does_not_accept_is_named_too(client_of: Clients, setenv: Any, scheme: str) -> None:
+    with never_accepting() as listener:
+        authority = f"127.0.0.1:{listener.getsockname()[1]}"
+        setenv(f"{scheme}_proxy", f"http://joe:hunter2@{authority}")
+        error = outcome(client_of(f"{scheme}://boxer.test:8443", timeout=0.2, retries=0), RUN_IT)
+    assert is_expected(error, (BoxerTimeoutError, 0, authority)) and "hunter2" not in all_text(error)
+    assert "proxy" in str(error) and "boxer.test:8443" in str(error)
+
+
+def test_a_server_that_cannot_be_reached_is_not_taken_for_a_proxy(client_of: Clients, setenv: Any) -> None:
+    error = outcome(client_of(refused_url(), retries=0), RUN_IT)
+    assert type(error) is BoxerConnectionError and "proxy" not in str(error)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Both clients: tries
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5746,6 +6799,7 @@ TRIES: list[tuple[bytes, int | None, Call, int]] = [
     (failing(BROKEN), 1, run(network="none"), 2),
     (failing(BROKEN), None, ANEW, 3),
     (failing(BROKEN), 5, upload(Unseekable(b"content")), 1),
+    (failing(BROKEN), 5, upload(Streaming(b"content")), 1),
     (failing("503 Service Unavailable"), None, GET_HEALTH, 1),
     (failing("503 Service Unavailable"), None, ("health", (), {"retries": 4}), 5),
 ]  # fmt: skip
@@ -5854,7 +6908,7 @@ def test_tries_are_logged_without_secrets(client_of: Clients, clock: Clock, capl
     with Host(lambda _: [next(answers)]) as host:
         client = client_of(host.url.replace("//", "//user:s3cret@"), headers={"X-Token": "s3cret"})
         assert client.run("s3cret", ["s3cret"], env={"KEY": "s3cret"}) == RESULT
-    records = [record for record in caplog.records if record.name == "boxer"]
+    records = [record for record in caplog.records if "trying again" in record.getMessage()]
     assert [record.levelno for record in records] == [logging.DEBUG, logging.WARNING]
     assert "busy" in records[1].getMessage() and "s3cret" not in caplog.text
 
@@ -5884,6 +6938,215 @@ def test_a_third_of_runs_lost_to_the_race_is_no_failure(client_of: Clients) -> N
         results = gather(client, [("run", ("image", ["echo", token]), {}) for token in tokens])
         assert [result.stdout for result in results] == [f"{token}\n" for token in tokens]
         assert server.runs_lost > 250 and server.connections <= 8
+
+
+def exchanges(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return what the log has of exchanges, without what it says of further tries."""
+    records = [record for record in caplog.records if record.name == "boxer"]
+    return [record for record in records if "trying again" not in record.getMessage()]
+
+
+def numbers_in(record: logging.LogRecord) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", record.getMessage())]
+
+
+TRY = r"(?i)\b(?:try|attempt)\D{0,3}"
+LOGGED: list[tuple[Call, bytes, str, int]] = [
+    (GET_HEALTH, WELL, r"\bGET\b.*/healthz\b", 200),
+    (RUN_IT, RAN, r"\bPOST\b.*/run\b", 200),
+    (PUT_FILE, STORED, r"\bPOST\b.*/files\b", 200),
+    (DOWNLOAD, answer("abc"), r"\bGET\b.*/files\b", 200),
+    (DOWNLOAD, failing("404 Not Found"), r"\bGET\b.*/files\b", 404),
+    (RUN_IT, failing("507 Insufficient Storage"), r"\bPOST\b.*/run\b", 507),
+]
+
+
+@pytest.mark.parametrize(("call", "said", "line", "status"), LOGGED)
+def test_an_exchange_is_one_line_of_the_log(
+    client_of: Clients, caplog: pytest.LogCaptureFixture, call: Call, said: bytes, line: str, status: int
+) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    with Peer.answering(said) as peer:
+        outcome(client_of(f"{peer.url}/api"), call)
+    (record,) = exchanges(caplog)
+    text = record.getMessage()
+    assert record.levelno == logging.DEBUG and text.isprintable()
+    assert re.search(line, text) and status in numbers_in(record)
+    assert re.search(r"\d ?(ms|s)\b", text) and re.search(TRY + r"1\b", text)
+
+
+def test_the_log_tells_how_many_bytes_went_each_way(client_of: Clients, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    with Peer.answering(STORED, answer(bytes(43_210)), answer({**RUN, "stdout": "x" * 54_321})) as peer:
+        client = client_of(peer.url)
+        for call in (upload(bytes(65_432)), DOWNLOAD, RUN_IT):
+            do(client, call)
+    for record, size in zip(exchanges(caplog), (65_432, 43_210, 54_321)):
+        assert [number for number in numbers_in(record) if size <= number < size + 1000], record.getMessage()
+    assert len(exchanges(caplog)) == 3
+
+
+def test_each_try_is_a_line_of_the_log(client_of: Clients, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    answers = iter([failing("503 Service Unavailable"), failing(BROKEN, RACES[0]), RAN])
+    with Host(lambda _: [next(answers)]) as host:
+        client_of(host.url).run("image", ["true"])
+    texts = [record.getMessage() for record in exchanges(caplog)]
+    assert len(texts) == 3
+    for number, (text, status) in enumerate(zip(texts, ("503", "500", "200")), 1):
+        assert status in text and re.search(rf"{TRY}{number}\b", text), text
+
+
+def test_an_exchange_that_fails_is_a_line_of_the_log_too(client_of: Clients, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    with Peer([[Do.REQUEST, Do.FIN]]) as peer:
+        outcome(client_of(peer.url, retries=0), RUN_IT)
+    (record,) = exchanges(caplog)
+    assert record.levelno == logging.DEBUG and re.search(r"\bPOST\b.*/run\b", record.getMessage())
+
+
+@pytest.mark.parametrize("is_proxied", [False, True], ids=["straight", "proxied"])
+def test_an_exchange_is_logged_without_secrets(
+    client_of: Clients, setenv: Any, caplog: pytest.LogCaptureFixture, is_proxied: bool
+) -> None:
+    caplog.set_level(logging.DEBUG, "boxer")
+    result = {**RUN, "stdout": "hunter2", "stderr": "hunter2"}
+    with Peer.answering(answer(result), STORED, answer("hunter2"), failing("404 Not Found", "hunter2")) as peer:
+        setenv("http_proxy", f"http://joe:hunter2@{peer.authority}")
+        host = f"boxer.test:{peer.port}" if is_proxied else peer.authority
+        client = client_of(f"http://ann:hunter2@{host}", headers={"X-Token": "hunter2"})
+        client.run("image", ["hunter2"], env={"KEY": "hunter2"})
+        client.upload_file("a.txt", "hunter2")
+        assert client.download_file("a.txt") == b"hunter2"
+        outcome(client, DOWNLOAD)
+    assert len(exchanges(caplog)) == 4
+    for record in caplog.records:
+        assert "hunter2" not in record.getMessage() + repr(vars(record))
+    encoded = [base64.b64encode(f"{name}:hunter2".encode()).decode() for name in ("ann", "joe")]
+    assert not [pair for pair in encoded if pair in caplog.text]
+
+
+def test_nobody_is_told_of_exchanges_who_does_not_ask(client_of: Clients, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "boxer")
+    with Peer.answering(RAN) as peer:
+        client_of(peer.url).run("image", ["true"])
+    assert caplog.records == [] and logging.getLogger("boxer").handlers == []
+
+
+WAIT: Call = ("wait_until_ready", (), {})
+
+
+def test_a_server_that_is_ready_is_not_waited_for(client_of: Clients, clock: Clock) -> None:
+    with Peer.answering(WELL) as peer:
+        assert client_of(peer.url).wait_until_ready() is None
+    assert peer.request.line == "GET /healthz HTTP/1.1" and clock.pauses == []
+
+
+def test_a_server_that_is_not_well_yet_is_waited_for(client_of: Clients, clock: Clock) -> None:
+    answers = iter(
+        [failing("503 Service Unavailable"), answer("", "502 Bad Gateway"), answer("no", "404 Not Found"), WELL]
+    )
+    with Host(lambda _: [next(answers)]) as host:
+        assert client_of(host.url).wait_until_ready(timeout=60) is None
+    assert len(host.seen) == 4 and len(clock.pauses) == 3
+
+
+def test_a_server_that_does_not_listen_yet_is_waited_for(
+    client_of: Clients, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, pause = refused_url(), clock.sleep
+    with contextlib.ExitStack() as stack:
+
+        def start_in_time(seconds: float) -> None:
+            pause(seconds)
+            if len(clock.pauses) == 3:
+                stack.enter_context(StandIn(sandbox=NoSandbox(), port=int(url.rpartition(":")[2])))
+
+        monkeypatch.setattr(clock, "sleep", start_in_time)
+        assert client_of(url).wait_until_ready() is None
+    assert len(clock.pauses) == 3 and sum(clock.pauses) < 10
+
+
+def test_a_server_that_drops_connections_at_first_is_waited_for(client_of: Clients, clock: Clock) -> None:
+    with Peer([[Do.REQUEST, Do.FIN], [Do.REQUEST, Do.RST], [Do.REQUEST, WELL]]) as peer:
+        assert client_of(peer.url).wait_until_ready() is None
+    assert len(clock.pauses) == 2
+
+
+def test_a_server_that_never_gets_well_is_given_up_with_the_last_reason(client_of: Clients, clock: Clock) -> None:
+    answers = itertools.chain(
+        [failing("503 Service Unavailable", "first")], itertools.repeat(answer("", "502 Bad Gateway"))
+    )
+    with Host(lambda _: [next(answers)]) as host:
+        error = outcome(client_of(host.url), WAIT, timeout=20)
+    assert is_expected(error, (BoxerTimeoutError, 0, "502")) and host.authority in str(error)
+    assert 10 < sum(clock.pauses) <= 20, "it sleeps past its end, or gives up early"
+    assert len(host.seen) >= len(clock.pauses) >= 4
+    assert clock.pauses[0] <= 1 and max(clock.pauses) > 2 * clock.pauses[0], "pauses grow"
+
+
+def test_a_server_that_never_listens_is_given_up_with_the_last_reason(client_of: Clients, clock: Clock) -> None:
+    url = refused_url()
+    error = outcome(client_of(url), WAIT, timeout=20)
+    assert is_expected(error, (BoxerTimeoutError, 0, url.partition("//")[2])) and re.search(
+        "(?i)refused|failed", str(error)
+    )
+    assert 10 < sum(clock.pauses) <= 20
+    assert isinstance(error.__cause__, BoxerConnectionError)
+
+
+@pytest.mark.parametrize("timeout", [0.3, fractions.Fraction(3, 10)])
+def test_a_server_that_never_answers_is_given_up_in_time(client_of: Clients, timeout: Any) -> None:
+    start = time.monotonic()
+    with Host(lambda _: []) as host:
+        error = outcome(client_of(host.url, timeout=None), WAIT, timeout=timeout)
+    assert is_expected(error, (BoxerTimeoutError, 0, host.authority)) and 0.25 < time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("timeout", [None, 1e9])
+def test_a_server_may_be_waited_for_without_an_end(client_of: Clients, clock: Clock, timeout: Any) -> None:
+    answers = itertools.chain([failing("503 Service Unavailable")] * 50, [WELL])
+    with Host(lambda _: [next(answers)]) as host:
+        assert client_of(host.url).wait_until_ready(timeout=timeout) is None
+    assert len(clock.pauses) == 50 and max(clock.pauses) <= 15, "a pause has a bound"
+
+
+def test_a_server_is_waited_for_a_minute_unless_told_otherwise(client_of: Clients, clock: Clock) -> None:
+    assert inspect.signature(client_of.cls.wait_until_ready).parameters["timeout"].default == 60
+    with Host(lambda _: [failing("503 Service Unavailable", "warming up")]) as host:
+        assert is_expected(outcome(client_of(host.url), WAIT), (BoxerTimeoutError, 0, "warming up"))
+    assert 30 < sum(clock.pauses) <= 60
+
+
+def test_a_closed_client_waits_for_nothing(client_of: Clients) -> None:
+    client = client_of("http://127.0.0.1:9")
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.wait_until_ready()
+
+
+def test_closing_a_client_ends_its_wait_for_a_server(client_of: Clients) -> None:
+    has_begun = threading.Event()
+
+    def respond(_: Received) -> list[bytes]:
+        has_begun.set()
+        return [failing("503 Service Unavailable")]
+
+    with Host(respond) as host:
+        client = client_of(host.url)
+        (ended,) = closed_meanwhile(client, [("wait_until_ready", (), {"timeout": None})], has_begun)
+    assert type(ended) is BoxerConnectionError, ended
+
+
+def test_a_task_can_give_up_its_wait_for_a_server() -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(client.wait_until_ready(), 0.3)
+            assert not await client.health()
+
+    with Host(lambda _: [failing("503 Service Unavailable")]) as host:
+        asyncio.run(main())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6114,7 +7377,8 @@ def test_a_flood_does_not_outlast_the_deadline(client_of: Clients, flood: str) -
         if "error page" in flood and not is_expected(got, (BoxerTimeoutError, 0, "0.3 s")):
             assert is_expected(got, refusal(502))  # an error's content is cut where there is enough of it
         else:
-            assert is_expected(got, (BoxerTimeoutError, 0, "0.3 s")), got
+            is_too_long = is_expected(got, (BoxerAPIError, 200, "longer than"))  # on a fast machine
+            assert is_too_long or is_expected(got, (BoxerTimeoutError, 0, "0.3 s")), got
         assert time.monotonic() - began < 20
         assert client.health()
 
@@ -8286,6 +9550,68 @@ def test_a_file_s_read_may_use_the_client_that_uploads_it(max_connections: int, 
     assert len(got) == 1 and [b"content" in request.content for request in sent] == [True]
 
 
+# The context and the threads of uploads
+
+TRACE: contextvars.ContextVar[str] = contextvars.ContextVar("TRACE", default="none")
+
+
+class Tracing(urllib.request.BaseHandler):
+    """Marks requests as tracing does, and notes in which threads they are made."""
+
+    def __init__(self, threads: set[int]) -> None:
+        self.threads = threads
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        self.threads.add(threading.get_ident())
+        request.add_unredirected_header("X-Trace", TRACE.get())
+        TRACE.set("of a thread")
+        return request
+
+
+def test_a_folder_is_sent_in_the_context_of_its_caller(many: Path) -> None:
+    threads: set[int] = set()
+    with Host(lambda _: [STORED]) as host, BoxerClient(host.url, handlers=[Tracing(threads)]) as client:
+        for name in ("one", "two"):
+            context = contextvars.copy_context()
+            context.run(TRACE.set, name)
+            assert len(context.run(client.upload_path, many)) == 40
+            assert context[TRACE] == name
+    traces = [request.fields["x-trace"] for request in host.seen]
+    # Each thread has a context of its own, a copy of the caller's.
+    assert {"one", "two"} <= set(traces) <= {"one", "two", "of a thread"} and len(threads) > 1
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder with one file"])
+def test_a_single_file_is_sent_without_a_thread(tmp_path: Path, what: str) -> None:
+    (tmp_path / "a.txt").write_bytes(b"content")
+    threads: set[int] = set()
+    with Host(lambda _: [STORED]) as host, BoxerClient(host.url, handlers=[Tracing(threads)]) as client:
+        path = tmp_path / "a.txt" if what == "a file" else tmp_path
+        assert len(contextvars.copy_context().run(client.upload_path, path)) == 1
+    assert threads == {threading.get_ident()}
+
+
+class Traced(Unseekable):
+    """Content that notes in which context it is read."""
+
+    def __init__(self) -> None:
+        super().__init__(b"content")
+        self.traces: set[str] = set()
+
+    def read(self, size: int = -1) -> bytes:
+        self.traces.add(TRACE.get())
+        return super().read(size)
+
+
+def test_a_file_is_read_in_the_context_of_its_caller(client_of: Clients) -> None:
+    content, context = Traced(), contextvars.copy_context()
+    context.run(TRACE.set, "mine")
+    with Peer.answering(STORED) as peer:
+        client = client_of(peer.url)
+        context.run(client.upload_file, "a.txt", content)
+    assert content.traces == {"mine"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Async client, and other ways to wait: without poll(), and on other event loops
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8831,9 +10157,9 @@ def test_a_run_that_outlasts_a_proxys_patience_is_a_504_and_is_not_sent_again(
 
 
 def is_own_page(got: Any, status: int, phrase: str) -> bool:
-    """Say whether this is the error for a proxy's own page: what the page says, as one line without tags."""
+    """Say whether this is the error for a proxy's own page: it begins with what that says, as one line without tags."""
     page = rf"{status} {phrase}: {status} {phrase} (nginx/[0-9.]+|[A-Z][^<>\n]+\.)"
-    return is_expected(got, refusal(status)) and re.fullmatch(page, str(got)) is not None
+    return is_expected(got, refusal(status)) and re.match(page, str(got)) is not None and str(got).isprintable()
 
 
 @with_programs
