@@ -30,6 +30,8 @@ whole coroutine to its end (`_run_to_completion`).
 """
 
 # SPDX-License-Identifier: Apache-2.0
+# Source: https://pypi.org/project/boxer-sdk/
+# pyright: standard
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union
+from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union, cast
 
 __version__ = "1.0.0"
 
@@ -206,9 +208,9 @@ class ResourceLimits:
 def _whole_number(name: str, value: Any, least: int = 0) -> int:
     """Check a count: an int, a whole float, or what has `__index__`, such as numpy's integers."""
     try:
-        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        number = -1
+        number = int(value) if isinstance(value, float) and value.is_integer() else -1
     if least <= number < 2**63 and not isinstance(value, bool):
         return number
     raise BoxerValidationError(f"{name} must be a whole number from {least} to 2**63 - 1, not {value!r}")
@@ -591,7 +593,7 @@ class _Multipart:
 def _read(file: Any, size: int) -> bytes:
     piece = file.read(size)
     if inspect.isawaitable(piece):
-        if hasattr(piece, "close"):
+        if inspect.iscoroutine(piece):
             piece.close()  # a coroutine that is never awaited would warn
         raise TypeError("content is an asynchronous file; give an ordinary one, or the bytes that it reads")
     if not isinstance(piece, bytes):
@@ -1505,7 +1507,7 @@ class _Connection:
 
     async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
         """Send a request until it is sent or answered, and receive its response."""
-        call, began, response = self.call, time.monotonic(), None
+        call, began, code = self.call, time.monotonic(), "no answer"
         decoder = _Decoder(math.inf if call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
         self.sent, self.is_reusable = 0, False
         call.tries += 1
@@ -1517,13 +1519,14 @@ class _Connection:
                 is_whole = await self._upload(head, body, decoder)
                 call.deadline.start_again("complete answer")
             response = await self._receive_response(decoder)
+            code = str(response.code)
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.sent > 0) from error.__cause__ or error
         finally:
             call.was_sent = call.was_sent or self.sent > 0
             if _LOG.isEnabledFor(logging.DEBUG):
-                status, seconds = response.code if response else "no answer", time.monotonic() - began
-                _LOG.debug(_EXCHANGE, call.request.name, status, self.sent, decoder.received, seconds, call.tries)
+                seconds = time.monotonic() - began
+                _LOG.debug(_EXCHANGE, call.request.name, code, self.sent, decoder.received, seconds, call.tries)
         is_whole = is_whole and self.all_is_taken
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
@@ -1646,7 +1649,7 @@ def _system_errors() -> Iterator[None]:
 def _is_of_the_system(error: OSError) -> bool:
     """Tell a failed system call from an OSError that a signal handler raised during one.
 
-    A handler leaves a frame of another module in the traceback.
+    A handler leaves a frame of another module in the traceback, be it one of the package that holds this one.
     """
     if isinstance(error, BoxerError):
         return False
@@ -1654,9 +1657,10 @@ def _is_of_the_system(error: OSError) -> bool:
         return True
     trace, modules = error.__traceback__, set()
     while trace is not None:
-        modules.add(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        modules.add(str(trace.tb_frame.f_globals.get("__name__")))
         trace = trace.tb_next
-    return modules <= {__name__.partition(".")[0], "asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop"}
+    others = {name.partition(".")[0] for name in modules - {__name__}}
+    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop"}
 
 
 _C = TypeVar("_C", bound=_Connection)
@@ -1687,6 +1691,7 @@ class _Pool(Generic[_C]):
             if not isinstance(connection, _Connection):
                 await self._wait_for_turn(call, connection)
                 connection = self._assign(route, call)
+            connection = cast("_C", connection)
             if connection.was_opened:
                 try:
                     connection.attach(call)
@@ -1911,11 +1916,11 @@ class _Client:
     ) -> _T:
         """Send a request, again if that is called for, and interpret the last response."""
         self._check_open()
-        if retries is None:
-            retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
+        if retries is not None:
+            again = _whole_number("retries", retries)
         else:
-            retries = _whole_number("retries", retries)
-        tries = _Tries(request, retries)
+            again = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
+        tries = _Tries(request, again)
         call, pool = self._new_call(request, timeout, cancellation), self._current_pool()
         asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
