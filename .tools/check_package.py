@@ -121,6 +121,7 @@ def check_vendored(folder: Path) -> None:
     program = (TOOLS / "typed_use.py").read_text("utf-8").replace("import boxer", "from mypkg._vendor import boxer")
     program = program.replace("from boxer import", "from mypkg._vendor.boxer import")
     (folder / "mypkg/use.py").write_text(program, "utf-8")
+    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', "utf-8")
     for version in VERSIONS:
         run(*mypy(version), "mypkg", cwd=folder)
         run(*PYRIGHT, "--pythonversion", version, "mypkg", cwd=folder)

@@ -4,13 +4,11 @@
 tox.ini names the Python's own environment, then all of them.
 """
 
-import shutil
 import sys
 
 _, own, *environments = sys.argv
-others = [f"{name[2]}.{name[3:]}" for name in environments if name != own]
-missing = [version for version in others if not shutil.which(f"python{version}")]
+others = ", ".join(f"{name[2]}.{name[3:]}" for name in environments if name != own)
 print(f"Left out by {own}, to be run by the other environments of `tox`:")
-print(f"- the tests on Python {', '.join(others)} (not on this machine's PATH: {', '.join(missing) or 'none'})")
+print(f"- the tests on Python {others}")
 print("- `coverage`: all Pythons together must cover every line and branch; the figure above is that of one")
-print("- `package`: what would be published, built, installed and used from fresh environments")
+print("- `package`: what would be published is built, installed and used, in fresh environments")
