@@ -11,7 +11,8 @@ alone. On purpose it shares no code with boxer.py, or both would share their mis
 
 From top to bottom: sandboxes, running a program, Go's ways with text, the store, requests, the server, the
 command line; then the tests: what holds for all of them, helpers and how to add a test, the contract of the server,
-the sections of boxer.py in their order, programs on the stand-in, real proxies, the work of a call, the README.
+the sections of boxer.py in their order, programs on the stand-in, real proxies, the work of a call, copies and the
+package, the README.
 
 BOXER_SANDBOX (gVisor, bubblewrap, namespaces, none) chooses the sandbox. BOXER_URL names a real server; then the tests
 of the contract, and those that run programs, are run against that one.
@@ -1470,6 +1471,7 @@ import queue
 import select
 import ssl
 import struct
+import sysconfig
 import traceback
 import types
 import typing
@@ -1477,6 +1479,7 @@ import urllib.error
 import urllib.request
 import urllib.response
 import warnings
+import zipapp
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1569,8 +1572,9 @@ def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 #
 # The name of a test is a claim about the client: a sentence that is true, and that fails if someone breaks it. Put the
 # test into the section of what it is about. The sections have the names and the order of those in boxer.py; after them
-# come the tests against a server that runs programs, against real proxies, of the work that a call takes, and of the
-# README. There are four kinds of tests. Begin with the simplest that can show the claim, and copy the example below:
+# come the tests against a server that runs programs, against real proxies, of the work that a call takes, of copies of
+# boxer.py and the package, and of the README. There are four kinds of tests. Begin with the simplest that can show the
+# claim, and copy the example below:
 #
 # 1. Both clients, one connection: `client_of` makes a client of each kind, with the methods of a BoxerClient.
 #    `Peer.answering` gives its answers in order. It fails the test if the client does anything else.
@@ -2456,9 +2460,15 @@ def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 # Programs beside the tests, and generated examples
 
 
+def boxer_folder() -> str:
+    """Return the folder in which `import boxer` finds what is tested: boxer.py, or a package of that name."""
+    file = Path(boxer.__file__)
+    return str(file.parent.parent if file.stem == "__init__" else file.parent)
+
+
 def program_beside_boxer(folder: Path, code: str, *arguments: str, under: Sequence[str] = ()) -> str:
     """Run a program beside a copy of the client, without any installed package, and return what it prints."""
-    shutil.copy(inspect.getfile(boxer), folder)
+    shutil.copy(boxer.__file__, folder / "boxer.py")
     (folder / "program.py").write_text(code, "utf-8")
     line = [*under, sys.executable, "-E", "-S", "-W", "error", "program.py", *arguments]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -8425,7 +8435,7 @@ def test_after_a_fork_neither_process_touches_the_connections_of_the_other(tmp_p
         return [answer(path)]
 
     with Host(respond) as host:
-        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": boxer_folder()}
         # That a fork and threads go ill together, as newer Pythons say, is known.
         program = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FORKING + code]
         done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -8552,7 +8562,7 @@ if __name__ == "__main__":
 def test_a_client_and_an_error_can_be_sent_to_a_process_that_was_spawned(tmp_path: Path) -> None:
     (tmp_path / "spawning.py").write_text(SPAWNING)
     with Host(lambda request: [failing("400 Bad Request") if "/run" in request.line else WELL]) as host:
-        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": str(Path(boxer.__file__).parent)}
+        environment = {**os.environ, "BOXER_URL": host.url, "PYTHONPATH": boxer_folder()}
         program = [sys.executable, "-W", "error", "spawning.py"]
         done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -8601,7 +8611,7 @@ def test_a_killed_parent_s_connections_end_even_if_a_child_of_its_lives(tmp_path
 
     gone: list[Any] = [Do.GONE, lambda _: are_gone.release(), Do.FIN]
     with Peer([[Do.REQUEST, tell_the_program, *gone], [Do.REQUEST, WELL, *gone]]) as peer:
-        shutil.copy(boxer.__file__, tmp_path)
+        shutil.copy(boxer.__file__, tmp_path / "boxer.py")
         line = [sys.executable, "-E", "-S", "-W", "ignore", "-c", KILLED, kind, peer.url]
         program: Any = subprocess.Popen(line, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with program:
@@ -10419,10 +10429,80 @@ def test_a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# README: its examples are run, and its lists are compared with what there is
+# Copies of boxer.py, and the installed package
 # ---------------------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
+
+
+def test_what_is_tested_is_boxer_py_and_in_tox_what_its_wheel_installed() -> None:
+    assert Path(boxer.__file__).read_bytes() == (HERE / "boxer.py").read_bytes()
+    assert [name for name, it in sys.modules.items() if {"BoxerClient", "__version__"} <= set(dir(it))] == ["boxer"]
+    if "TOX_ENV_DIR" in os.environ:
+        assert Path(boxer.__file__) == Path(sysconfig.get_path("purelib"), "boxer", "__init__.py")
+
+
+def test_nothing_happens_when_the_module_is_imported(tmp_path: Path) -> None:
+    code = """
+import logging, os, sys, threading, boxer
+del sys.modules["boxer"]
+os.environ = os.environb = os.getenv = None  # an attempt to read the environment fails
+import boxer
+print(logging.root.handlers, *(type(it).__name__ for it in logging.getLogger("boxer").handlers))
+print(logging.root.level, logging.getLogger("boxer").level, threading.active_count())
+"""
+    assert program_beside_boxer(tmp_path, code) in ("[]\n30 0 1\n", "[] NullHandler\n30 0 1\n")
+
+
+USING = """
+import asyncio, sys
+from {module} import AsyncBoxerClient, BoxerClient
+
+async def main():
+    async with AsyncBoxerClient(sys.argv[1]) as client:
+        return await client.run("image", ["true"])
+
+with BoxerClient(sys.argv[1]) as client:
+    assert client.run("image", ["true"]) == asyncio.run(main())
+print(sys.modules["{module}"].__file__, end="")
+"""
+
+
+def app_with_a_copy(app: Path, module: str, code: str) -> None:
+    """Make a folder that Python runs, with a copy of the client as a module of it."""
+    copy = app.joinpath(*module.split(".")).with_suffix(".py")
+    copy.parent.mkdir(parents=True)
+    for package in list(copy.parents)[: module.count(".")]:
+        (package / "__init__.py").touch()
+    shutil.copy(boxer.__file__, copy)
+    (app / "__main__.py").write_text(code, "utf-8")
+
+
+@pytest.mark.parametrize("how", ["-O", "-I -S", "in a package", "in a zipapp", "in a read-only folder"])
+def test_a_copy_works_wherever_it_lies_and_however_python_starts(tmp_path: Path, how: str) -> None:
+    app, under = tmp_path / "app", list[str]()
+    module = "mypkg._vendor.boxer" if how == "in a package" else "boxer"
+    app_with_a_copy(app, module, USING.format(module=module))
+    if how == "in a zipapp":
+        zipapp.create_archive(app, tmp_path / "app.pyz")
+        app = tmp_path / "app.pyz"
+    if how == "in a read-only folder":
+        app.chmod(0o500)
+        if os.access(app, os.W_OK):  # root may write to any folder, unless it gives that up
+            under = ["setpriv", "--bounding-set=-dac_override"]
+    options = how.split() if how.startswith("-") else ["-E"]
+    with Host(lambda _: [RAN]) as host:
+        line = [*under, sys.executable, "-W", "error", *options, str(app), host.url]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert app in Path(done.stdout).parents
+    assert how != "in a read-only folder" or not (app / "__pycache__").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README: its examples are run, and its lists are compared with what there is
+# ---------------------------------------------------------------------------------------------------------------------
+
 README = (HERE / "README.md").read_text("utf-8")
 
 
@@ -10444,7 +10524,7 @@ def test_an_example_of_the_readme_prints_what_it_says(server: Any, code: str, tm
         if f'"{name}"' in code and not REAL_URL and not shutil.which(name, path=SANDBOX_PATH):
             pytest.skip(f"{name} is not installed on this machine")
     # Beside a copy of the client, and without any installed package, as the README promises.
-    shutil.copy(inspect.getfile(boxer), tmp_path)
+    shutil.copy(boxer.__file__, tmp_path / "boxer.py")
     (tmp_path / "example.py").write_text(code.replace("http://localhost:8080", server.url), "utf-8")
     program = [sys.executable, "-E", "-S", "-W", "error", "example.py"]
     environment = {**os.environ, "BOXER_URL": server.url}
