@@ -10499,6 +10499,35 @@ def test_a_copy_works_wherever_it_lies_and_however_python_starts(tmp_path: Path,
     assert how != "in a read-only folder" or not (app / "__pycache__").exists()
 
 
+def test_what_the_package_around_a_copy_raises_leaves_as_it_is(tmp_path: Path) -> None:
+    """As where a signal handler of it interrupts a look-up: see the tests of signal handlers."""
+    code = """
+import socket
+from mypkg._vendor.boxer import BoxerClient
+
+def look_up(*_, **__):
+    raise TimeoutError("the package's own alarm")
+
+socket.getaddrinfo = look_up
+with BoxerClient("http://boxer.test", retries=0) as client:
+    try:
+        client.health()
+    except TimeoutError as error:
+        print(error)
+"""
+    app_with_a_copy(tmp_path / "app", "mypkg._vendor.boxer", "import mypkg.program")
+    (tmp_path / "app/mypkg/program.py").write_text(code, "utf-8")
+    line = [sys.executable, "-W", "error", str(tmp_path / "app")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.stdout) == ("", "the package's own alarm\n")
+
+
+def test_the_file_names_its_version_licence_and_source() -> None:
+    text = Path(boxer.__file__).read_text("utf-8")
+    for line in (f'__version__ = "{boxer.__version__}"', "# SPDX-License-Identifier: Apache-2.0", "# Source: https://"):
+        assert f"\n{line}" in text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # README: its examples are run, and its lists are compared with what there is
 # ---------------------------------------------------------------------------------------------------------------------
