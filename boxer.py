@@ -81,6 +81,8 @@ import warnings
 import weakref
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
     Awaitable,
     Callable,
     Generator,
@@ -90,8 +92,8 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union, cast
 
 __version__ = "1.0.0"
@@ -124,17 +126,18 @@ class _Default(enum.Enum):
         return "<the client's own>"
 
 
-_CLIENTS_OWN = _Default.CLIENT
+_OWN = _Default.CLIENT
 
 # What parameters may be given as.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
 Environment = Union[Mapping[str, str], Iterable[str]]
 Network = Union[Literal["none", "sandbox", "host"], str]  # noqa: PYI051 - an editor offers the three
 Limits = Union["ResourceLimits", Mapping[str, Any]]
+Files = Union[Sequence[str], Mapping[str, Union[Content, os.PathLike[str]]]]
 Timeout = Union[float, None, _Default]
 
 _Piece = Union[bytes, memoryview]  # of a request's body
-_LocalFile = tuple[Path, str]  # that is uploaded, and its remote path
+_Upload = tuple[str, Union[Content, Path]]  # a remote path, and what to put there
 
 
 # ---- Limits ----------------------------------------------------------------------------------------------------------
@@ -142,22 +145,28 @@ _LocalFile = tuple[Path, str]  # that is uploaded, and its remote path
 # Of a request.
 _PIECE = 1024 * 1024  # bytes of content that are read from a file, and sent, at a time
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
+_MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
+_INPUT_LIMIT = 64 * 1024  # bytes of standard input that travel with the command
 
 # Of a response.
 _RECEIVE_SIZE = 64 * 1024  # bytes to receive at a time; a TLS record, of at most 16 KiB, has to fit in
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100  # fields of a head, or of a trailer section
 _INTERIM_LIMIT = 20  # 1xx responses before the final one
+_ORIGINALS_KEPT = 8  # clients whose pickles were loaded in this process
 _HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
 _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
+_OUTPUT_LIMIT = 10_000  # files in /output
+_LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 _SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
 _SHOWN_LINES = 6  # of a program's output in an error
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
+_REMOVAL_TIME = 10.0  # to remove what a run has left of its own files
 _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
@@ -229,11 +238,12 @@ def _is_real(value: Any) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class RunRequest:
-    """What a run is asked to do: to keep, compare or show, and to send with `client.run(**vars(request))`.
+    """What a run is asked to do: to keep, compare or show, to send with `client.send`, or many of them with `run_many`.
 
-    The parameters are those of `BoxerClient.run`. `env` may be given as a mapping or a list of `K=V`, `limits` as
-    ResourceLimits or a mapping; they are kept as a tuple and as ResourceLimits. Raises BoxerValidationError for what
-    cannot be right, TypeError for a wrong type. The repr shows the names in `env`, not the values.
+    The parameters are those of `BoxerClient.run`, and `tag`: anything of the caller's, which is not sent. `env` may be
+    given as a mapping or a list of `K=V`, `limits` as ResourceLimits or a mapping; they are kept as a tuple and as
+    ResourceLimits. Raises BoxerValidationError for what cannot be right, TypeError for a wrong type. The repr shows
+    the names in `env` and in a mapping in `files`, not what they stand for, and no `input`.
     """
 
     image: str
@@ -241,9 +251,12 @@ class RunRequest:
     env: Optional[Environment] = None
     cwd: Optional[str] = None
     limits: Optional[Limits] = field(default=None, hash=False)  # ResourceLimits have no hash
-    files: Optional[Sequence[str]] = None
+    files: Optional[Files] = field(default=None, hash=False)  # nor have mappings
     persist: bool = False
     network: Optional[Network] = None
+    input: Union[str, bytes, None] = None
+    outputs: Union[bool, Sequence[str]] = ()
+    tag: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not _text("image", self.image).strip():
@@ -256,13 +269,18 @@ class RunRequest:
             env=_environment(self.env) if self.env else (),
             cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
             limits=None if self.limits is None else ResourceLimits(**_limits(self.limits).to_dict()),
-            files=tuple(_path("a path in files", path) for path in _texts("files", self.files)) if self.files else (),
+            files=_files(self.files) if self.files else (),
             network=None if self.network is None else _text("network", self.network) or None,
+            input=None if self.input is None else _input(self.input),
+            outputs=_output_names(self.outputs),
         )
+        if self.input is not None or self.outputs is True:
+            _check_shell_names(self.env)
 
     def __repr__(self) -> str:
-        shown = {**vars(self), "env": [entry.partition("=")[0] for entry in self.env or ()]}
-        return f"RunRequest({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        names = {"env": [entry.partition("=")[0] for entry in self.env or ()], "files": list(self.files or ())}
+        shown = {name: value for name, value in vars(self).items() if name not in ("input", "tag")}
+        return f"RunRequest({', '.join(f'{name}={value!r}' for name, value in {**shown, **names}.items())})"
 
 
 def _text(name: str, value: Any) -> str:
@@ -317,6 +335,50 @@ def _limits(limits: Any) -> ResourceLimits:
     return ResourceLimits(**limits)
 
 
+def _files(files: Any) -> Any:
+    """Check paths in the server's store, or a mapping from names in the run's own folder to content."""
+    if not isinstance(files, Mapping):
+        return tuple([_path("a path in files", path) for path in _texts("files", files)])
+    names = {_clean_path("each name in files", name) for name in files}
+    for name in names:
+        if "" in name.split("/"):
+            raise BoxerValidationError(
+                f"each name in files must be relative and have no empty segment, as {name!r} has"
+            )
+        if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
+            raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
+    return dict(files)
+
+
+def _input(value: Any) -> Any:
+    if isinstance(value, str):
+        _text("input", value.replace("\0", " "))  # NUL is fine here
+    elif not isinstance(value, bytes):
+        raise TypeError(f"input must be str or bytes, not {type(value).__name__}")
+    return value
+
+
+def _output_names(outputs: Any) -> Any:
+    if isinstance(outputs, bool) or outputs is None:
+        return outputs or ()
+    return tuple(dict.fromkeys(_output_name("each of outputs", name) for name in _texts("outputs", outputs)))
+
+
+def _output_name(name: str, path: Any) -> str:
+    """Return the path of an output below /output."""
+    below = re.sub(r"\A/output/", "", _clean_path(name, path))
+    if below.startswith("/"):
+        raise BoxerValidationError(f"{name} must be relative, or begin with /output/")
+    return _path(name, below)
+
+
+def _check_shell_names(env: Any) -> None:
+    for entry in env:
+        if not re.match("[A-Za-z_][A-Za-z0-9_]*=", entry):
+            what = "must be a shell's identifier where the run has an input, or all of its outputs are fetched"
+            raise BoxerValidationError(f"each name in env {what}: a shell starts the program then")
+
+
 def _path(name: str, path: Any) -> str:
     if not _text(name, path):
         raise BoxerValidationError(f"{name} is empty; name a file in the server's store, for instance 'data/input.txt'")
@@ -335,9 +397,11 @@ class RunResult:
     """What came of a run that ended by itself, whatever its exit code.
 
     exec_id: the name of the run, under which a run with `persist` keeps its outputs.
-    exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why).
+    exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why), or 127 where a
+        shell starts it (with `input`, or all outputs).
     stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong in /output.
     wall_ms: milliseconds from the start of the sandbox to its end.
+    outputs: what the program wrote to /output, by name, as far as it was asked for.
     """
 
     exec_id: str
@@ -345,6 +409,7 @@ class RunResult:
     stdout: str
     stderr: str
     wall_ms: int
+    outputs: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in _RESULT_TYPES.items():
@@ -373,10 +438,7 @@ class RunResult:
 
         path: below /output, such as "a/b.json" or "/output/a/b.json".
         """
-        below = re.sub(r"\A/output/", "", _clean_path("path", path))
-        if below.startswith("/"):
-            raise BoxerValidationError("path must be relative, or begin with /output/")
-        return f"output/{self.exec_id}/{_path('path', below)}"
+        return f"output/{self.exec_id}/{_output_name('path', path)}"
 
 
 _RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str, "wall_ms": int}
@@ -385,6 +447,8 @@ _RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str,
 def _shortened(value: Any) -> str:
     if isinstance(value, str) and len(value) > _SHOWN_SIZE:
         return f"{value[:_SHOWN_SIZE]!r}… ({len(value):,} characters)"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {len(content):,} bytes" for name, content in value.items()) + "}"
     return repr(value)
 
 
@@ -404,7 +468,12 @@ def _shortened(value: Any) -> str:
 
 
 class BoxerError(Exception):
-    """The base of all errors of this module."""
+    """The base of all errors of this module.
+
+    result: the RunResult of a run that did end, where only its outputs could not be had.
+    """
+
+    result: Any = None
 
 
 class BoxerValidationError(BoxerError, ValueError):
@@ -514,6 +583,8 @@ class _Request(NamedTuple):
     kind: _Kind = _Kind.OTHER
     extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
     path: str = ""  # of the file in the server's store that it is about, for the texts of errors
+    sink: Optional[_Sink] = None  # what a file is written to; without one, it is the response's content
+    content_limit: float = _ANSWER_LIMIT  # bytes of a response's content that are taken into memory
 
     @property
     def name(self) -> str:
@@ -525,10 +596,13 @@ _HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
+_RUN_MEMBERS = ("image", "cmd", "env", "cwd", "limits", "files", "persist", "network")
+
+
 def _run_request(run: RunRequest) -> _Request:
     limits = _limits(run.limits).to_dict() if run.limits else {}
     members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
-    body = _JSON.encode({name: value for name, value in members.items() if value}).encode()
+    body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
     headers = {"Content-type": "application/json", "Content-length": str(len(body))}
     kind = _Kind.RUN if run.network in (None, "none") else _Kind.NETWORKED_RUN
     return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
@@ -542,9 +616,10 @@ def _upload_request(remote_path: str, content: Content) -> _Request:
     return _Request("POST", "/files", {"Content-type": kind, **framing}, body, path=path)
 
 
-def _download_request(path: str) -> _Request:
+def _download_request(path: str, sink: _Sink | None = None, limit: float = math.inf) -> _Request:
     path = _path("path", path)
-    return _Request("GET", f"/files?path={urllib.parse.quote(path, safe='/')}", {}, b"", _Kind.DOWNLOAD, path=path)
+    target = f"/files?path={urllib.parse.quote(path, safe='/')}"
+    return _Request("GET", target, {}, b"", _Kind.DOWNLOAD, path=path, sink=sink, content_limit=limit)
 
 
 class _Multipart:
@@ -590,12 +665,17 @@ class _Multipart:
         return piece if self.length is not None else b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
+def _refuse_awaitable(value: Any) -> None:
+    """Refuse an asynchronous file, by what its method has returned."""
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()  # a coroutine that is never awaited would warn
+        raise TypeError("this is an asynchronous file; give an ordinary one, or the bytes themselves")
+
+
 def _read(file: Any, size: int) -> bytes:
     piece = file.read(size)
-    if inspect.isawaitable(piece):
-        if inspect.iscoroutine(piece):
-            piece.close()  # a coroutine that is never awaited would warn
-        raise TypeError("content is an asynchronous file; give an ordinary one, or the bytes that it reads")
+    _refuse_awaitable(piece)
     if not isinstance(piece, bytes):
         raise TypeError(f"content must be a binary file, opened with mode 'rb': its read() gave {type(piece).__name__}")
     return piece
@@ -644,20 +724,18 @@ def _size(content: memoryview | IO[bytes]) -> int | None:
         return None
 
 
-def _local_files(
-    local_path: str | os.PathLike[str], remote_path: str | None, exclude: Iterable[str]
-) -> list[_LocalFile]:
-    """Return what `upload_path` is to send, (local, remote), in the order of the sorted local paths."""
+def _local_files(local_path: str | os.PathLike[str], remote_path: str | None, exclude: Iterable[str]) -> list[_Upload]:
+    """Return what `upload_path` is to send, in the order of the sorted local paths."""
     local, root = Path(local_path), Path(local_path).resolve()
     folder = root if local.name in ("", "..") else local
     patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
     prefix = _clean_path("remote_path", folder.name if remote_path is None else remote_path)
     if not root.is_dir():
-        return [(_regular_file(local, root), prefix)]
+        return [(prefix, _regular_file(local, root))]
     prefix = _path("remote_path", prefix.rstrip("/"))
     paths = sorted(_walk(root, patterns))
     names = [_clean_path(f"the name {str(path)!r}", path.relative_to(root).as_posix()) for path in paths]
-    return [(_regular_file(path, _target(path, root)), f"{prefix}/{name}") for path, name in zip(paths, names)]
+    return [(f"{prefix}/{name}", _regular_file(path, _target(path, root))) for path, name in zip(paths, names)]
 
 
 def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[Path]:
@@ -708,6 +786,147 @@ def _opened(path: Path) -> IO[bytes]:
         return file
     file.close()
     raise BoxerValidationError(f"{str(path)!r} is not a file any more")
+
+
+# What starts the program where a run has an input, or all of its outputs are fetched. `exec` keeps the shell's own
+# commands from being run in the program's place, and the descriptors keep the shell's own words out of its stderr.
+_WITH_TEXT = 'exec 3>&2 2>/dev/null; printf %s "$1" | { shift; exec "$@" 2>&3 3>&-; }'
+_WITH_FILE = 'exec 3>&2 2>/dev/null; { shift; exec "$@" 2>&3 3>&-; } <"$1"'
+_WITH_LIST = (
+    'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); c=$?; '
+    "cd /output && find . -type f ! -name NAME -print0 >NAME; exit $c"
+)
+
+
+class _Plan:
+    """What a run with content of its own, or outputs, comes to: uploads, the run itself, and what is to be removed."""
+
+    def __init__(self, run: RunRequest, lists_outputs: bool) -> None:
+        folder = f"boxer-{os.urandom(16).hex()}"  # two runs at once never mix
+        self.uploads: list[_Upload] = []
+        self.uploaded: list[str] = []  # the remote paths that are there for certain
+        self.begun: list[str] = []  # those that may be there
+        self.list_name = f"{folder}-list" if lists_outputs else ""  # of the list of outputs, in /output
+        self.outputs: Sequence[str] = () if isinstance(run.outputs, bool) else run.outputs
+        cmd, cwd, files = tuple(run.cmd), run.cwd, run.files
+        if isinstance(files, Mapping):
+            for name, content in files.items():
+                path = f"{folder}/{name}"
+                if isinstance(content, os.PathLike):
+                    self.uploads += _local_files(content, path, ())
+                else:
+                    self.uploads.append((path, content))
+            own = [path for path, _ in self.uploads]
+            own += _folders_of(own)
+            files, cwd = (own if len(own) <= _MOUNT_LIMIT else [folder]) if own else [], cwd or f"/{folder}"
+        # The server removes what a run names when that ends with a result; but outputs are to be kept.
+        self.persist = bool(run.persist or run.outputs or lists_outputs)
+        self.is_removed = not self.persist and (not self.uploads or files != [folder])
+        if run.input is not None:
+            text = _short_text(run.input)
+            if text is None:
+                path = f"{folder}-input"
+                self.uploads.append((path, run.input))
+                files = [*(files or ()), path]
+            script, argument = (_WITH_FILE, f"/{folder}-input") if text is None else (_WITH_TEXT, text)
+            cmd = ("/bin/sh", "-c", script, "sh", argument, *cmd)
+        if lists_outputs:
+            cmd = ("/bin/sh", "-c", _WITH_LIST.replace("NAME", self.list_name), "sh", *cmd)
+        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=self.persist, input=None, outputs=(), tag=None)
+
+    def removals(self) -> Iterator[RunRequest]:
+        """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
+        doubtful = [[path] for path in self.begun if path not in set(self.uploaded)]
+        for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
+            if paths:
+                yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
+
+
+def _folders_of(paths: Iterable[str]) -> list[str]:
+    """Return all folders that paths go through, deepest first."""
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    return sorted(folders - {"."}, key=lambda folder: (-folder.count("/"), folder))
+
+
+def _short_text(value: str | bytes) -> str | None:
+    """Return an input as text that can be an argument; None: it must be a file."""
+    try:
+        text = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text or len(text.encode("utf-8")) > _INPUT_LIMIT else text
+
+
+class _Sink:
+    """The binary file that a download is written to, from where it stands."""
+
+    def __init__(self, file: Any) -> None:
+        if isinstance(file, io.TextIOBase):
+            raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
+        self._file = file
+        self._was_written = False
+        try:
+            self._start = file.tell()
+            file.seek(self._start)
+        except (AttributeError, OSError, ValueError):
+            self._start = None
+
+    @property
+    def can_be_rewound(self) -> bool:
+        return self._start is not None or not self._was_written
+
+    def rewind(self) -> None:
+        """Begin anew, for another try."""
+        if self._was_written:
+            self._file.seek(self._start)
+            self._file.truncate()
+
+    def write(self, content: bytes) -> None:
+        self._was_written = True
+        left = memoryview(content)
+        while left:
+            size = self._file.write(left)
+            _refuse_awaitable(size)
+            left = left[len(left) if size is None else size :]  # a file without a buffer may take a part
+
+
+def _target_path(remote_path: str, local_path: Any) -> Path:
+    """Return where `download_path` puts a file: at a path, or into a folder by its own name."""
+    target = Path(local_path)
+    if target.is_dir():
+        name = remote_path.rpartition("/")[2]
+        if Path(name).name != name:
+            raise BoxerValidationError(f"{remote_path!r} has no name that a file here can have; name the file")
+        target /= name
+    if target.is_dir():
+        raise BoxerValidationError(f"{str(target)!r} is a folder; nothing is written over it")
+    return target
+
+
+def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
+    """Return where an output goes below a local folder; make the folders on the way, and go through no link."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    *parents, last = name.split("/")
+    for parent in parents:
+        folder /= parent
+        if folder.is_symlink() or folder.resolve() != folder.parent.resolve() / parent:
+            raise BoxerError(f"{str(folder)!r} is a link; no output is written through it")
+        folder.mkdir(exist_ok=True)
+    return folder / last
+
+
+@contextlib.contextmanager
+def _written_whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside the target, and put it in the target's place once it is whole."""
+    temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it has become the target
+            temporary.unlink()
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -773,6 +992,23 @@ def _check_uploaded(response: _Response) -> None:
         raise BoxerAPIError(f"nothing says where the file went; {_doubt(response)}", response.code)
 
 
+def _listed_names(response: _Response) -> Sequence[str]:
+    """Return the names of outputs from the list that the run has made, and the program may have forged."""
+    if response.code == 404:
+        raise BoxerAPIError("the run left no list of its outputs: its image may be without /bin/sh or find", 404)
+    names: dict[str, None] = {}
+    for line in _file_content(response).split(b"\0"):
+        name = line.decode("utf-8", "backslashreplace")[2:]
+        is_utf8 = f"./{name}".encode("utf-8", "replace") == line
+        if is_utf8 and not {"", ".", ".."} & set(name.split("/")) and Path(name).parts == tuple(name.split("/")):
+            names[name] = None
+        elif line:
+            _LOG.warning("the output %r is left out, because of its name", name[:_SHOWN_SIZE])
+    if len(names) > _OUTPUT_LIMIT:
+        raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none of them was fetched", response.code)
+    return list(names)
+
+
 def _file_content(response: _Response) -> bytes:
     if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
@@ -789,7 +1025,7 @@ def _checked(response: _Response) -> _Response:
         reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_doubt(response)}"
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(reason, response.code)
     if response.is_cut:
-        raise BoxerAPIError(f"the answer is longer than {_ANSWER_LIMIT >> 20} MiB", response.code)
+        raise BoxerAPIError(f"the answer is longer than the {_ANSWER_LIMIT >> 20} MiB that are taken", response.code)
     coding = response.fields.get("content-encoding")
     if coding and coding.lower() != "identity":
         message = f"the answer came with Content-Encoding {_printable(coding.lower())[:40]!r}, which was not asked for"
@@ -1081,6 +1317,14 @@ class _Cancellation:
             return earlier
 
 
+class _Options(NamedTuple):
+    """What a caller says of how a request is to be sent."""
+
+    timeout: Timeout = _OWN
+    retries: Optional[int] = None
+    cancellation: Optional[_Cancellation] = None
+
+
 @dataclass(eq=False)
 class _Call:
     """One call of a client's method, on its way through the pool and its connections."""
@@ -1156,7 +1400,8 @@ def _speaks_plain_http(error: BaseException | None) -> bool:
 
 
 def _can_be_sent(request: _Request) -> bool:
-    return isinstance(request.body, bytes) or request.body.can_be_sent
+    can_be_received = request.sink is None or request.sink.can_be_rewound
+    return can_be_received and (isinstance(request.body, bytes) or request.body.can_be_sent)
 
 
 def _retry_after(value: str) -> float:
@@ -1210,9 +1455,11 @@ class _Decoder:
     response: _Response | None = None
     is_complete = False
     size = 0  # bytes of content so far
+    saved = 0  # how many of them were written to a sink
     received = 0  # bytes in all
     _data = b""  # what has arrived,
     _at = 0  # and how much of it is decoded
+    _content: io.BytesIO  # its getvalue() shares the buffer: content is in memory once
     _decoding: Generator[None, None, None] | None = None
 
     def __init__(self, content_limit: float, is_tunnel: bool = False) -> None:
@@ -1254,6 +1501,12 @@ class _Decoder:
         self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
 
+    def take(self) -> bytes:
+        """Return what has come of the content, and forget it."""
+        content = self._content.getvalue()
+        self._content = io.BytesIO()
+        return content
+
     def end(self, loss: Exception | None) -> None:
         """Decode the end of the connection; `loss` says why it was lost, if it was."""
         if self.response is None:
@@ -1273,7 +1526,7 @@ class _Decoder:
         else:
             raise _ProtocolError("there were too many interim answers")
         response = self.response = _Response(head)
-        self._content = io.BytesIO()  # its getvalue() shares the buffer: content is in memory once
+        self._content = io.BytesIO()
         if not response.is_success:
             self._content_limit = _ERROR_LIMIT
         try:
@@ -1352,20 +1605,21 @@ def _check_protocol(begin: bytes) -> None:
         raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
 
 
-class _Heads(dict[bytes, _Head]):
-    """Decoded heads, kept since a server's heads are often identical until the Date changes.
+class _Cache(dict[Any, Any]):
+    """A dict that pickles as empty, since cloudpickle may pickle this module by value."""
 
-    It pickles as empty, since cloudpickle may pickle this module by value.
-    """
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _Heads(_Cache):
+    """Decoded heads, kept since a server's heads are often identical until the Date changes."""
 
     def __missing__(self, data: bytes) -> _Head:
         if len(self) >= _HEADS_KEPT:
             self.clear()
         head = self[data] = _decoded_head(data)
         return head
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Heads, ()
 
 
 _HEADS = _Heads()
@@ -1508,10 +1762,12 @@ class _Connection:
     async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
         """Send a request until it is sent or answered, and receive its response."""
         call, began, code = self.call, time.monotonic(), "no answer"
-        decoder = _Decoder(math.inf if call.request.kind is _Kind.DOWNLOAD else _ANSWER_LIMIT)
+        decoder = _Decoder(call.request.content_limit)
         self.sent, self.is_reusable = 0, False
         call.tries += 1
         try:
+            if call.request.sink is not None:
+                call.request.sink.rewind()
             if isinstance(body, bytes):
                 self.send(head + body)
                 is_whole = True
@@ -1561,6 +1817,7 @@ class _Connection:
                 if call.request.kind is _Kind.DOWNLOAD and decoder.size > size and decoder.is_success:
                     size = decoder.size
                     call.deadline.start_again("progress")
+                    await self._save(decoder, _PIECE)
                 elif call.deadline.left <= 0:  # what has arrived by the deadline counts
                     late_end = min(late_end, time.monotonic() + _LATE_TIME)
                     if time.monotonic() >= late_end:
@@ -1569,7 +1826,21 @@ class _Connection:
             call.check(self.peer)
             self._decode_end(decoder, end.loss)
         assert decoder.response is not None
+        await self._save(decoder, 0)
         return decoder.response
+
+    async def _save(self, decoder: _Decoder, least: int) -> None:
+        """Write what has come of a whole file to the sink of the request, if there is one, and so much has come."""
+        sink, response = self.call.request.sink, decoder.response
+        if sink is None or response is None or response.code != 200 or "content-encoding" in response.fields:
+            return
+        if decoder.is_complete:
+            await self.write(sink, response.content)
+            response.content = b""
+        elif decoder.size - decoder.saved >= least:
+            decoder.saved = decoder.size
+            await self.write(sink, decoder.take())
+            self.call.deadline.start_again("progress")
 
     def _decode_end(self, decoder: _Decoder, loss: Exception | None) -> None:
         """Complete a response that goes on to the end of the connection; raise _LostError for any other."""
@@ -1600,6 +1871,7 @@ class _Connection:
     connect: Callable[[Any, float], Awaitable[None]]  # to one of socket.getaddrinfo's addresses, within so many seconds
     start_tls: Callable[[ssl.SSLContext, str], Awaitable[None]]  # with the host of this name
     next_piece: Callable[[_Multipart, Iterator[_Piece]], Awaitable[Optional[_Piece]]]  # read it; None after the last
+    write: Callable[[_Sink, bytes], Awaitable[None]]  # to a file
     send: Callable[[_Piece], None]  # begin to send
     drain: Callable[[], Awaitable[bytes]]  # wait until more can be sent, or something has arrived, which is returned
     receive: Callable[[], Awaitable[bytes]]  # wait for something to arrive, and return it
@@ -1802,12 +2074,15 @@ class _Pool(Generic[_C]):
         message = f"{connection.peer}: no connection could be made: {last}"
         raise BoxerConnectionError(message, request_sent=False) from last
 
+    def close_idle(self) -> None:
+        while (connection := self._pop_idle()) is not None:
+            connection.close()
+
     def close(self) -> None:
         """Close what is idle, and end the calls that are going on."""
         with self._lock:
             self.is_closed = True
-            while (connection := self._pop_idle()) is not None:
-                connection.close()
+            self.close_idle()
         for call in list(self.calls):
             call.cancellation.cancel("the client was closed")
 
@@ -1881,47 +2156,40 @@ class _Client:
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
         self._is_closed = False
+        self._needs_closing = True
+        self._token = os.urandom(8).hex()  # its copies in other processes have the same
+        self._original: _Client | None = None  # of a copy: the client whose connections it uses
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._origin.url!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._settings
-
-    def __setstate__(self, settings: dict[str, Any]) -> None:
-        self.__init__(**settings)  # type: ignore[misc]  # a pickled client is made anew
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copy, (type(self), self._settings, self._token)
 
     def __del__(self) -> None:
-        if not getattr(self, "_is_closed", True):
+        if not getattr(self, "_is_closed", True) and self._original is None:
             self._drop_connections()
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            if self._needs_closing:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError(f"{self!r} is closed")
 
-    def _new_call(
-        self, request: _Request, timeout: Timeout = _CLIENTS_OWN, cancellation: _Cancellation | None = None
-    ) -> _Call:
+    def _new_call(self, request: _Request, options: _Options) -> _Call:
+        timeout = options.timeout
         seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
-        return _Call(request, _Deadline(seconds + request.extra_time), cancellation or _Cancellation())
+        return _Call(request, _Deadline(seconds + request.extra_time), options.cancellation or _Cancellation())
 
-    async def _exchange(
-        self,
-        request: _Request,
-        interpret: Callable[[_Response], _T],
-        timeout: Timeout = _CLIENTS_OWN,
-        retries: int | None = None,
-        cancellation: _Cancellation | None = None,
-    ) -> _T:
+    async def _exchange(self, request: _Request, interpret: Callable[[_Response], _T], options: _Options) -> _T:
         """Send a request, again if that is called for, and interpret the last response."""
         self._check_open()
-        if retries is not None:
-            again = _whole_number("retries", retries)
+        if options.retries is not None:
+            retries = _whole_number("retries", options.retries)
         else:
-            again = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
-        tries = _Tries(request, again)
-        call, pool = self._new_call(request, timeout, cancellation), self._current_pool()
+            retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
+        tries = _Tries(request, retries)
+        call, pool = self._new_call(request, options), self._current_pool()
         asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
         try:
@@ -1957,12 +2225,12 @@ class _Client:
             call.check(call.request.name)
 
     async def _wait_until_ready(self, timeout: float | None) -> None:
-        call, pool, pause = self._new_call(_HEALTH_REQUEST, timeout), self._current_pool(), 0.05
+        call, pool, pause = self._new_call(_HEALTH_REQUEST, _Options(timeout)), self._current_pool(), 0.05
         pool.calls.add(call)  # so that `close` ends a pause
         try:
             while True:
                 try:
-                    await self._exchange(_HEALTH_REQUEST, _checked, max(_TIMER_STEP, call.deadline.left), 0)
+                    await self._exchange(_HEALTH_REQUEST, _checked, _Options(max(_TIMER_STEP, call.deadline.left), 0))
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
                     if call.deadline.left < _SHORTEST_PAUSE:
@@ -1973,26 +2241,137 @@ class _Client:
         finally:
             pool.calls.discard(call)
 
-    async def _upload_all(self, files: Sequence[_LocalFile], timeout: Timeout, retries: int | None) -> list[str]:
+    async def _upload_all(self, uploads: Sequence[_Upload], options: _Options, plan: _Plan | None = None) -> list[str]:
         """Upload files, several at a time, and return their remote paths."""
 
-        async def upload(file: _LocalFile, cancellation: _Cancellation) -> None:
-            with _opened(file[0]) as content:
-                await self._exchange(_upload_request(file[1], content), _check_uploaded, timeout, retries, cancellation)
+        async def upload(item: _Upload, cancellation: _Cancellation | None) -> None:
+            path, content = item
+            if plan is not None:
+                plan.begun.append(path)
+            with _opened(content) if isinstance(content, Path) else contextlib.nullcontext(content) as opened:
+                request = _upload_request(path, opened)
+                await self._exchange(request, _check_uploaded, options._replace(cancellation=cancellation))
+            if plan is not None:
+                plan.uploaded.append(path)
 
-        if len(files) == 1:
-            await upload(files[0], _Cancellation())  # without a thread, which cannot start when the interpreter exits
-        else:
-            async for _ in _each(self._new_workers(upload, _UPLOADS_AT_A_TIME), files):
+        if len(uploads) == 1:
+            await upload(uploads[0], options.cancellation)  # without a thread: none can start at the interpreter's exit
+        elif uploads:
+            workers = self._new_workers(upload, _UPLOADS_AT_A_TIME)
+            if options.cancellation is not None:
+                options.cancellation.interrupt_by(workers.cancel)
+            async for _ in _each(workers, uploads, is_ordered=False):
                 pass
-        return [remote for _, remote in files]
+        return [path for path, _ in uploads]
+
+    async def _run(
+        self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None = None
+    ) -> RunResult:
+        """Run a command, with all that goes before and after it: uploads, removals and downloads."""
+        has_content = isinstance(run.files, Mapping) or run.input is not None
+        if not has_content and not run.outputs and output_dir is None:
+            return await self._exchange(_run_request(run), _run_result, options)
+        if output_dir is not None:
+            if run.outputs:
+                raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
+            _check_shell_names(run.env)
+        self._check_open()
+        plan: _Plan = await self._do_blocking(_Plan, run, run.outputs is True or output_dir is not None)
+        try:
+            await self._upload_all(plan.uploads, options, plan)
+            result = await self._exchange(_run_request(plan.run), _run_result, options)
+        except BoxerAPIError as error:
+            if error.status_code != 0:  # else the connection was given up, and what was sent may still be in use
+                await self._remove(plan, options)
+            raise
+        if not plan.is_removed:
+            await self._remove(plan, options)
+        try:
+            await self._fetch_outputs(result, plan, output_dir, options)
+        except BoxerError as error:
+            error.result = result
+            raise
+        return result
+
+    async def _remove(self, plan: _Plan, options: _Options) -> None:
+        """Have the server remove a run's own files. Whatever comes of it, the call's result or error stays."""
+        deadline = _Deadline(_REMOVAL_TIME)
+        for run in plan.removals():
+            left = max(_TIMER_STEP, deadline.left)
+            try:
+                await self._exchange(_run_request(run), _run_result, _Options(left, 2, options.cancellation))
+            except BoxerError as error:
+                _LOG.debug("files of a run were left on the server: %s", error)
+
+    async def _fetch_outputs(
+        self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
+    ) -> None:
+        names, left = plan.outputs, _ANSWER_LIMIT
+        if plan.list_name:
+            request = _download_request(result.output_path(plan.list_name), limit=_LIST_LIMIT)
+            names = await self._exchange(request, _listed_names, options)
+        for name in names:
+            path = result.output_path(name)
+            if output_dir is not None:
+                await self._download_path(path, _output_target(output_dir, name), options)
+                continue
+            try:
+                content = await self._exchange(_download_request(path, limit=left), _file_content, options)
+            except BoxerAPIError as error:
+                if error.status_code == 404 and not plan.list_name:
+                    continue  # the program did not write it
+                raise
+            result.outputs[name] = content
+            left -= len(content)
+
+    async def _download_path(self, path: str, local: Any, options: _Options) -> None:
+        if hasattr(local, "write"):
+            await self._exchange(_download_request(path, _Sink(local)), _file_content, options)
+            return
+        with _written_whole(_target_path(_path("path", path), local)) as file:
+            await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
+
+    def _run_many(
+        self, requests: Any, concurrency: int, is_ordered: bool, options: _Options
+    ) -> AsyncGenerator[tuple[RunRequest, RunResult | BoxerError], None]:
+        async def attempt(request: RunRequest, cancellation: _Cancellation) -> RunResult | BoxerError:
+            if not isinstance(request, RunRequest):
+                raise TypeError(f"each of requests must be a RunRequest, not {type(request).__name__}")
+            try:
+                return await self._run(request, options._replace(cancellation=cancellation))
+            except BoxerError as error:
+                if isinstance(error, BoxerConnectionError) and not error.request_sent:
+                    raise  # no connection can be made any more: this goes for all that follow, too
+                return error
+
+        self._check_open()
+        workers = self._new_workers(attempt, _whole_number("concurrency", concurrency, least=1))
+        return _each(workers, requests, is_ordered)
 
     # What each client has in its own way.
 
     _current_pool: Callable[[], _Pool[Any]]
     _drop_connections: Callable[[], None]
+    _do_blocking: Callable[..., Awaitable[Any]]  # call a function that blocks
     _new_workers: Callable[[Callable[[Any, _Cancellation], Awaitable[Any]], int], _Workers]
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
+
+
+_ORIGINALS = _Cache()  # of the copies in this process, by token
+
+
+def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
+    """Unpickle a client. All its copies in a process share connections, and need no closing."""
+    original = _ORIGINALS.get(token)
+    if original is None:
+        original = kind(**settings)
+        original._token, original._needs_closing = token, False  # noqa: SLF001 - a client of its own
+        while len(_ORIGINALS) >= _ORIGINALS_KEPT:
+            _ORIGINALS.pop(next(iter(_ORIGINALS)), None)
+        _ORIGINALS[token] = original
+    client = object.__new__(kind)
+    client.__dict__.update(original.__dict__, _original=original)
+    return client
 
 
 def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
@@ -2016,31 +2395,57 @@ def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call:
 class _Workers:
     """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
 
+    fetch: Callable[[AsyncIterator[Any]], Any]  # ask for an item; return the future of it
     start: Callable[[Any], Any]  # call the function with an item; return the future of its result
-    next_done: Callable[[], Awaitable[Any]]  # wait for the next call that ends, and return its future
-    end: Callable[[], Awaitable[None]]  # end the calls that are going on, and wait until they have
+    next_done: Callable[[], Awaitable[Any]]  # wait for the next of these futures that is done
+    cancel: Callable[[], None]  # the calls that are going on
+    end: Callable[[], Awaitable[None]]  # cancel them, and wait until they have ended
 
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         self.count = count
         self._function = function
 
 
-async def _each(workers: _Workers, items: Iterable[_T]) -> AsyncGenerator[tuple[_T, Any], None]:
-    """Call a function for each item, and yield both it and the result; when one call fails, end the others."""
-    started: dict[Any, _T] = {}
-    remaining = iter(items)
+async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerator[tuple[Any, Any], None]:
+    """Call a function for each item, and yield both the item and the result, in the order of the items or as they come.
+
+    When one call fails, or the iteration does, yield what had finished, end the other calls, and raise the error.
+    """
+    source = items.__aiter__() if hasattr(items, "__aiter__") else _as_async(items)
+    started: dict[Any, Any] = {}  # by its future, an item whose result was not yielded yet
+    running, fetching, has_more = 0, None, True
     try:
-        while True:
-            for item in remaining:
-                started[workers.start(item)] = item
-                if len(started) == workers.count:
+        while has_more or started:
+            if has_more and fetching is None and running < workers.count and len(started) < 5 * workers.count:
+                fetching = workers.fetch(source)
+            done = await workers.next_done()
+            if done is not fetching:
+                running -= 1
+            elif _has_succeeded(done):
+                fetching, running = None, running + 1
+                started[workers.start(done.result())] = done.result()
+            elif isinstance(done.exception(), StopAsyncIteration):
+                fetching, has_more = None, False
+                continue
+            has_failed = not _has_succeeded(done)
+            for future in list(started):
+                if _has_succeeded(future):
+                    yield started.pop(future), future.result()
+                elif is_ordered and not has_failed:
                     break
-            if not started:
-                return
-            future = await workers.next_done()
-            yield started.pop(future), future.result()
+            if has_failed:
+                done.result()
     finally:
         await workers.end()
+
+
+def _has_succeeded(future: Any) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+async def _as_async(items: Iterable[_T]) -> AsyncGenerator[_T, None]:
+    for item in items:
+        yield item
 
 
 # ---- Sync client -----------------------------------------------------------------------------------------------------
@@ -2053,6 +2458,18 @@ def _run_to_completion(coroutine: Awaitable[_T]) -> _T:
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]  # what the coroutine returns
     raise AssertionError("a coroutine of the blocking client was suspended")  # pragma: no cover
+
+
+def _blocking_iterator(results: AsyncGenerator[_T, None]) -> Iterator[_T]:
+    try:
+        while True:
+            try:
+                result = _run_to_completion(results.__anext__())
+            except StopAsyncIteration:
+                return
+            yield result
+    finally:
+        _run_to_completion(results.aclose())
 
 
 class _SyncConnection(_Connection):
@@ -2095,6 +2512,9 @@ class _SyncConnection(_Connection):
 
     async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
         return next(pieces, None)
+
+    async def write(self, sink: _Sink, content: bytes) -> None:
+        sink.write(content)
 
     @property
     def all_is_taken(self) -> bool:  # type: ignore[override]
@@ -2240,12 +2660,24 @@ class _SyncWorkers(_Workers):
         finally:
             self._active.discard(cancellation)
 
+    def fetch(self, source: AsyncIterator[Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(_run_to_completion(source.__anext__()))
+        except Exception as error:  # noqa: BLE001 - it is raised when the future is asked
+            future.set_exception(error)
+        self._done.put(future)
+        return future
+
     async def next_done(self) -> Future[Any]:
         return self._done.get()
 
-    async def end(self) -> None:
+    def cancel(self) -> None:
         for cancellation in list(self._active):
-            cancellation.cancel("stopped, because another call of the same job failed")
+            cancellation.cancel("stopped, because another call of the same job failed, or the job was given up")
+
+    async def end(self) -> None:
+        self.cancel()
         self._executor.shutdown()
 
 
@@ -2351,12 +2783,15 @@ class BoxerClient(_Client):
 
     def close(self) -> None:
         """Close all connections; calls that are going on in other threads end with BoxerConnectionError."""
-        self._drop_connections()
         self._is_closed = True
+        if self._original is None:
+            self._drop_connections()
+        else:
+            self._pools[None].close_idle()
 
-    def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
+    def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, timeout, retries))
+        return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, _Options(timeout, retries)))
 
     def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
         """Ask for the server's health, with growing pauses, until it is well.
@@ -2373,11 +2808,14 @@ class BoxerClient(_Client):
         env: Optional[Environment] = None,
         cwd: Optional[str] = None,
         limits: Optional[Limits] = None,
-        files: Optional[Sequence[str]] = None,
+        files: Optional[Files] = None,
         persist: bool = False,
         network: Optional[Network] = None,
+        input: Union[str, bytes, None] = None,  # noqa: A002 - as subprocess.run names it
+        outputs: Union[bool, Sequence[str]] = (),
+        output_dir: Union[str, os.PathLike[str], None] = None,
         check: bool = False,
-        timeout: Timeout = _CLIENTS_OWN,
+        timeout: Timeout = _OWN,
         retries: Optional[int] = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
@@ -2387,21 +2825,60 @@ class BoxerClient(_Client):
         env: environment variables, as a mapping or a list of `NAME=value`.
         cwd: the working directory, made if it does not exist. Default: /.
         limits: ResourceLimits, or a mapping with the same keys.
-        files: paths of uploaded files or folders, which the sandbox has read-only at /<path>.
+        files: paths of uploaded files or folders, which the sandbox has read-only at /<path>; or a mapping from names
+            to content (bytes, text, a path of a local file or folder, a binary file). That is uploaded first, into a
+            read-only folder of this run's own, which is the working directory unless `cwd` is given, and removed after.
         persist: keep `files` and what was written to /output; otherwise both are deleted when the run ends by itself.
         network: "none" (the default), "sandbox" or "host". With a network a run is sent only once, unless `retries`
             is given here, since it may have been seen from outside.
+        input: the program's standard input. It needs /bin/sh in the image, as all outputs do.
+        outputs: names of files below /output, to be had as `result.outputs`; those that the program did not write are
+            left out. True: everything there, at most 10,000 files and 256 MiB. Outputs stay on the server.
+        output_dir: a local folder, to be made if need be, for everything from /output, whatever its size.
         check: raise BoxerExitError if the exit code is not 0.
 
         Raises BoxerTimeoutError with status_code 408 when `wall_clock_secs` is over, and BoxerOutputLimitError when
-        stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run.
+        stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run. Where
+        the run has ended but its outputs cannot be had, the BoxerError has it as `result`.
         """
-        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
-        result = _run_to_completion(self._exchange(request, _run_result, timeout, retries))
+        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs)
+        result = _run_to_completion(self._run(request, _Options(timeout, retries), output_dir))
         return result.check() if check else result
 
+    def send(
+        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
+    ) -> RunResult:
+        """Run what a RunRequest asks for, and return what came of it, as `run` does.
+
+        A client, its requests, results and errors can be pickled, so `executor.map(client.send, requests)` works with
+        processes on this machine and others.
+        """
+        result = _run_to_completion(self._run(request, _Options(timeout, retries)))
+        return result.check() if check else result
+
+    def run_many(
+        self,
+        requests: Iterable[RunRequest],
+        *,
+        concurrency: int = 8,
+        ordered: bool = True,
+        timeout: Timeout = _OWN,
+        retries: Optional[int] = None,
+    ) -> Iterator[tuple[RunRequest, Union[RunResult, BoxerError]]]:
+        """Run many requests, `concurrency` at a time, and yield each with what came of it: a RunResult or a BoxerError.
+
+        requests: any iterable; it is asked for the next request, in this thread, when there is room for it.
+        ordered: yield in the order of the requests; at most 4 * `concurrency` results wait for one before them. False:
+            yield as they end.
+
+        Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
+        finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
+        """
+        results = self._run_many(iter(requests), concurrency, ordered, _Options(timeout, retries))
+        return _blocking_iterator(results)
+
     def upload_file(
-        self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _OWN, retries: Optional[int] = None
     ) -> None:
         """Upload content into the server's store.
 
@@ -2411,7 +2888,8 @@ class BoxerClient(_Client):
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        _run_to_completion(self._exchange(_upload_request(remote_path, content), _check_uploaded, timeout, retries))
+        request = _upload_request(remote_path, content)
+        _run_to_completion(self._exchange(request, _check_uploaded, _Options(timeout, retries)))
 
     def upload_path(
         self,
@@ -2419,7 +2897,7 @@ class BoxerClient(_Client):
         remote_path: Optional[str] = None,
         *,
         exclude: Iterable[str] = (),
-        timeout: Timeout = _CLIENTS_OWN,
+        timeout: Timeout = _OWN,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
@@ -2434,11 +2912,28 @@ class BoxerClient(_Client):
         """
         self._check_open()
         files = _local_files(local_path, remote_path, exclude)
-        return _run_to_completion(self._upload_all(files, timeout, retries))
+        return _run_to_completion(self._upload_all(files, _Options(timeout, retries)))
 
-    def download_file(self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None) -> bytes:
+    def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _run_to_completion(self._exchange(_download_request(path), _file_content, timeout, retries))
+        return _run_to_completion(self._exchange(_download_request(path), _file_content, _Options(timeout, retries)))
+
+    def download_path(
+        self,
+        path: str,
+        local_path: Union[str, os.PathLike[str], IO[bytes]],
+        *,
+        timeout: Timeout = _OWN,
+        retries: Optional[int] = None,
+    ) -> None:
+        """Download a file from the server's store to a local path, into a local folder, or into a binary file.
+
+        It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
+        """
+        _run_to_completion(self._download_path(path, local_path, _Options(timeout, retries)))
+
+    async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
     _new_workers = _SyncWorkers
 
@@ -2462,7 +2957,7 @@ class BoxerClient(_Client):
         """Send a request of the opener's over a connection; the handler calls this."""
         call: _Call | None = getattr(request, "call", None)
         if call is None:  # a handler of the user's has made it, and expects urllib's own kind of response
-            call = self._new_call(_Request(request.get_method(), request.selector, {}, b""))
+            call = self._new_call(_Request(request.get_method(), request.selector, {}, b""), _Options())
         fields = {**request.headers, **request.unredirected_hdrs}
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
@@ -2636,6 +3131,9 @@ class _AsyncConnection(_Connection):
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         return piece
+
+    async def write(self, sink: _Sink, content: bytes) -> None:
+        await _in_thread(self.call, sink.write, content)
 
     def send(self, data: _Piece) -> None:
         self._writers[-1].write(data)
@@ -2873,8 +3371,14 @@ class _AsyncWorkers(_Workers):
         self._active: set[asyncio.Future[Any]] = set()
         self._done: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
 
+    def fetch(self, source: AsyncIterator[Any]) -> asyncio.Future[Any]:
+        return self._follow(source.__anext__())
+
     def start(self, item: Any) -> asyncio.Future[Any]:
-        task = asyncio.ensure_future(self._function(item, _Cancellation()))
+        return self._follow(self._function(item, _Cancellation()))
+
+    def _follow(self, awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
+        task = asyncio.ensure_future(awaitable)
         self._active.add(task)
         task.add_done_callback(self._done.put_nowait)
         return task
@@ -2884,9 +3388,12 @@ class _AsyncWorkers(_Workers):
         self._active.discard(task)
         return task
 
-    async def end(self) -> None:
+    def cancel(self) -> None:
         for task in self._active:
             task.cancel()
+
+    async def end(self) -> None:
+        self.cancel()
         if self._active:
             await asyncio.wait(self._active)
         for task in self._active:
@@ -2911,14 +3418,17 @@ class AsyncBoxerClient(_Client):
     async def aclose(self) -> None:
         """Close all connections; calls that are going on in other tasks end with BoxerConnectionError."""
         self._is_closed = True
+        if self._original is not None:
+            self._current_pool().close_idle()
+            return
         pool = self._pools.pop(asyncio.get_running_loop(), None)
         self._drop_connections()
         if pool is not None:
             await pool.aclose()
 
-    async def health(self, *, timeout: Timeout = _CLIENTS_OWN, retries: int = 0) -> bool:
+    async def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return await self._exchange(_HEALTH_REQUEST, _is_success, timeout, retries)
+        return await self._exchange(_HEALTH_REQUEST, _is_success, _Options(timeout, retries))
 
     async def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
         """Ask for the server's health, with growing pauses, until it is well.
@@ -2935,25 +3445,55 @@ class AsyncBoxerClient(_Client):
         env: Optional[Environment] = None,
         cwd: Optional[str] = None,
         limits: Optional[Limits] = None,
-        files: Optional[Sequence[str]] = None,
+        files: Optional[Files] = None,
         persist: bool = False,
         network: Optional[Network] = None,
+        input: Union[str, bytes, None] = None,  # noqa: A002 - as subprocess.run names it
+        outputs: Union[bool, Sequence[str]] = (),
+        output_dir: Union[str, os.PathLike[str], None] = None,
         check: bool = False,
-        timeout: Timeout = _CLIENTS_OWN,
+        timeout: Timeout = _OWN,
         retries: Optional[int] = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
 
         The parameters and the errors are those of `BoxerClient.run`: `image` and `cmd`, `env` as a mapping or a list
-        of `NAME=value`, `cwd`, `limits`, `files` that were uploaded, `persist` to keep files and outputs, `network`,
-        and `check` to raise BoxerExitError if the exit code is not 0. A run that is cancelled is killed.
+        of `NAME=value`, `cwd`, `limits`, `files` that were uploaded or a mapping from names to content, `persist` to
+        keep files and outputs, `network`, standard `input`, `outputs` to fetch (names, or True for all), `output_dir`
+        to fetch them into, and `check` to raise BoxerExitError if the exit code is not 0. A cancelled run is killed.
         """
-        request = _run_request(RunRequest(image, cmd, env, cwd, limits, files, persist, network))
-        result = await self._exchange(request, _run_result, timeout, retries)
+        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs)
+        result = await self._run(request, _Options(timeout, retries), output_dir)
         return result.check() if check else result
 
+    async def send(
+        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
+    ) -> RunResult:
+        """Run what a RunRequest asks for, and return what came of it, as `run` does."""
+        result = await self._run(request, _Options(timeout, retries))
+        return result.check() if check else result
+
+    def run_many(
+        self,
+        requests: Union[Iterable[RunRequest], AsyncIterable[RunRequest]],
+        *,
+        concurrency: int = 8,
+        ordered: bool = True,
+        timeout: Timeout = _OWN,
+        retries: Optional[int] = None,
+    ) -> AsyncGenerator[tuple[RunRequest, Union[RunResult, BoxerError]], None]:
+        """Run many requests, `concurrency` at a time, and yield each with what came of it: a RunResult or a BoxerError.
+
+        `requests` may be asynchronous, and is asked for the next one when there is room for it. By default they come in
+        the order of the requests, and at most 4 * `concurrency` results wait; with `ordered=False`, as they end.
+
+        Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
+        finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
+        """
+        return self._run_many(requests, concurrency, ordered, _Options(timeout, retries))
+
     async def upload_file(
-        self, remote_path: str, content: Content, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _OWN, retries: Optional[int] = None
     ) -> None:
         """Upload content into the server's store: bytes, text (sent as UTF-8), or a binary file.
 
@@ -2962,7 +3502,7 @@ class AsyncBoxerClient(_Client):
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        await self._exchange(_upload_request(remote_path, content), _check_uploaded, timeout, retries)
+        await self._exchange(_upload_request(remote_path, content), _check_uploaded, _Options(timeout, retries))
 
     async def upload_path(
         self,
@@ -2970,7 +3510,7 @@ class AsyncBoxerClient(_Client):
         remote_path: Optional[str] = None,
         *,
         exclude: Iterable[str] = (),
-        timeout: Timeout = _CLIENTS_OWN,
+        timeout: Timeout = _OWN,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
@@ -2980,15 +3520,29 @@ class AsyncBoxerClient(_Client):
         and for a link that leaves the folder, leads nowhere, or leads to a folder.
         """
         self._check_open()
-        walk = self._new_call(_HEALTH_REQUEST, None)  # nothing is sent yet: this has no deadline
-        files = await _in_thread(walk, _local_files, local_path, remote_path, exclude)
-        return await self._upload_all(files, timeout, retries)
+        files = await self._do_blocking(_local_files, local_path, remote_path, exclude)
+        return await self._upload_all(files, _Options(timeout, retries))
 
-    async def download_file(
-        self, path: str, *, timeout: Timeout = _CLIENTS_OWN, retries: Optional[int] = None
-    ) -> bytes:
+    async def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return await self._exchange(_download_request(path), _file_content, timeout, retries)
+        return await self._exchange(_download_request(path), _file_content, _Options(timeout, retries))
+
+    async def download_path(
+        self,
+        path: str,
+        local_path: Union[str, os.PathLike[str], IO[bytes]],
+        *,
+        timeout: Timeout = _OWN,
+        retries: Optional[int] = None,
+    ) -> None:
+        """Download a file from the server's store to a local path, into a local folder, or into a binary file.
+
+        It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
+        """
+        await self._download_path(path, local_path, _Options(timeout, retries))
+
+    async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _in_thread(self._new_call(_HEALTH_REQUEST, _Options(None)), function, *args)
 
     _new_workers = _AsyncWorkers
 
