@@ -8870,20 +8870,26 @@ def nginx_settings(proxy: Proxy) -> str:
     Runs of more than 60 s need a longer `proxy_read_timeout`, too. One whose client has gone is killed, unless
     `proxy_ignore_client_abort` is on.
     """
-    folders = " ".join(f"{name}_temp_path {name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     tls = f"ssl_certificate {proxy.pem}; ssl_certificate_key {proxy.pem};" if proxy.pem else ""
+    return nginx_main(f"""
+        client_max_body_size 0; proxy_http_version 1.1;
+        gzip on; gzip_proxied any; gzip_types *; gzip_min_length 1;
+        server {{
+            listen 127.0.0.1:{proxy.port} {"ssl" if tls else ""}; {tls}
+            {proxy.settings}
+            location / {{ proxy_pass {proxy.server_url}; }}
+        }}""")
+
+
+def nginx_main(http: str) -> str:
+    """Return what stands around the settings within `http`, so that nginx stays in its folder."""
+    folders = " ".join(f"{name}_temp_path {name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     return f"""
         daemon off; pid nginx.pid; error_log stderr; {"user root;" if os.getuid() == 0 else ""}
         events {{}}
         http {{
             access_log off; {folders}
-            client_max_body_size 0; proxy_http_version 1.1;
-            gzip on; gzip_proxied any; gzip_types *; gzip_min_length 1;
-            server {{
-                listen 127.0.0.1:{proxy.port} {"ssl" if tls else ""}; {tls}
-                {proxy.settings}
-                location / {{ proxy_pass {proxy.server_url}; }}
-            }}
+            {http}
         }}"""
 
 
@@ -8932,7 +8938,7 @@ class Proxy:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Proxy:
-        (self.folder / "settings").write_text(SETTINGS[self.name](self))
+        (self.folder / "settings").write_text(self.all_settings())
         self.start("-t" if self.name == "nginx" else "-c")  # says what is wrong with the settings, and ends
         assert self.processes.pop().wait() == 0, self.log.read_text()
         self.start()
@@ -8946,6 +8952,9 @@ class Proxy:
         if kind is not None or not is_up:
             print(self.name, self.log.read_text())
         assert is_up or kind is not None, f"{self.name} has ended by itself"
+
+    def all_settings(self) -> str:
+        return SETTINGS[self.name](self)
 
     def start(self, *options: str) -> None:
         number = self.listener.fileno()
@@ -9167,6 +9176,110 @@ def test_an_answer_cut_off_behind_a_proxy_is_no_answer(client_of: Clients, proxy
                 assert is_expected(outcome(client, call), lost("within the content"))
                 assert client.health()
         assert sum("/run" in request.line for request in host.seen) == 1
+
+
+# Several servers, behind what the README configures
+
+
+class Balancer(Proxy):
+    """nginx or HAProxy as the README has it, in front of two servers. Runs may be `longest`, instead of ten minutes."""
+
+    def __init__(self, name: str, folder: Path, servers: tuple[StandIn, StandIn], longest: str) -> None:
+        super().__init__(name, folder, "")
+        self.servers, self.longest = servers, longest
+
+    def all_settings(self) -> str:
+        is_nginx, [block] = self.name == "nginx", blocks(self.name)
+        settings = str(block.values[0])
+        changes = {"listen 80": f"listen 127.0.0.1:{self.port}"} if is_nginx else {}
+        changes = changes or {"bind :80": f"bind fd@{self.listener.fileno()}"}
+        changes.update({f"10.0.0.{n}:8080": f"127.0.0.1:{server.port}" for n, server in enumerate(self.servers, 1)})
+        changes["600s"] = self.longest
+        for example, own in changes.items():
+            assert settings.count(example) == 1, example
+            settings = settings.replace(example, own)
+        return nginx_main(settings) if is_nginx else settings
+
+
+@pytest.fixture(params=SETTINGS)
+def balancer(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Balancer]]:
+    """Put a proxy in front of two servers: `with balancer() as proxy`; it has a `url`, and the `servers`."""
+    if not found(request.param):
+        pytest.skip(f"{request.param} is not installed on this machine")
+
+    @contextlib.contextmanager
+    def balanced(longest: str = "600s") -> Iterator[Balancer]:
+        with contextlib.ExitStack() as stack:
+            # nginx says `Host: boxer` to both.
+            one, two = (stack.enter_context(StandIn(allowed_hosts=["boxer"])) for _ in range(2))
+            balancer = Balancer(request.param, tmp_path, (one, two), longest)
+            stack.enter_context(balancer)
+            yield balancer
+
+    return balanced
+
+
+def test_calls_with_one_value_of_the_header_reach_one_server_and_all_values_both(
+    client_of: Clients, balancer: Any
+) -> None:
+    values = [f"task-{number}" for number in range(20)]
+    with balancer() as proxy:
+        for value in values:
+            client = client_of(proxy.url, headers={"X-Boxer-Store": value})
+            for name in "abc":
+                client.upload_file(f"{value}/{name}", b"")
+        stored = [server.store.uploads() for server in proxy.servers]
+    assert sorted(stored[0] + stored[1]) == sorted(f"{value}/{name}" for value in values for name in ["", *"abc"])
+    assert all(len(paths) % 4 == 0 and len(paths) >= 3 * 4 for paths in stored)
+
+
+def test_calls_without_the_header_reach_both_servers(client_of: Clients, balancer: Any) -> None:
+    with balancer() as proxy:
+        client = client_of(proxy.url)
+        assert all(client.health() for _ in range(20))
+        assert all(len(server.requests) >= 3 for server in proxy.servers)
+
+
+@with_programs
+def test_of_several_servers_a_run_reaches_the_one_that_has_its_file_and_a_download_that_of_the_run(
+    client_of: Clients, balancer: Any
+) -> None:
+    content = os.urandom(4 * MIB)
+    with balancer() as proxy:
+        for value in "abcdefgh":
+            client = client_of(proxy.url, headers={"X-Boxer-Store": value})
+            client.upload_file("in.bin", content)
+            result = client.run("python:3.12-slim", TWICE, files=["in.bin"], persist=True, check=True)
+            assert client.download_file(result.output_path("out.bin")) == content * 2
+        assert all(server.runs for server in proxy.servers)
+
+
+def the_server_of(client: Any, servers: Iterable[StandIn]) -> StandIn:
+    client.upload_file("a", b"")
+    [server] = [server for server in servers if server.store.uploads()]
+    return server
+
+
+@with_programs
+def test_of_several_servers_the_one_that_runs_what_is_broken_off_kills_it(client_of: Clients, balancer: Any) -> None:
+    with balancer() as proxy:
+        client = client_of(proxy.url, headers={"X-Boxer-Store": "mine"})
+        server = the_server_of(client, proxy.servers)
+        error = broken_off(client, SLEEP, lambda: server.wait_for(lambda: server.runs_live, 60))
+        assert isinstance(error, (asyncio.CancelledError, BoxerConnectionError))
+        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
+
+
+@with_programs
+def test_of_several_servers_one_whose_run_took_too_long_still_gets_its_calls(client_of: Clients, balancer: Any) -> None:
+    with balancer(longest="200ms") as proxy:
+        client = client_of(proxy.url, headers={"X-Boxer-Store": "mine"})
+        server = the_server_of(client, proxy.servers)
+        assert is_own_page(outcome(client, SLEEP), 504, "Gateway Time-out")
+        client.upload_file("b", b"")
+        assert server.store.uploads() == ["a", "b"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
