@@ -418,8 +418,8 @@ class RunResult:
                 raise TypeError(f"RunResult.{name} must be {kind.__name__}, got {type(value).__name__}")
 
     def __repr__(self) -> str:
-        """Show no more than the begin of long text."""
-        shown = ", ".join(f"{name}={_shortened(value)}" for name, value in vars(self).items())
+        """Show no more than the beginning of long text, and the names and sizes of outputs."""
+        shown = ", ".join(f"{name}={_shortened(value)}" for name, value in vars(self).items() if value != {})
         return f"RunResult({shown})"
 
     @property
@@ -2814,6 +2814,7 @@ class BoxerClient(_Client):
         input: Union[str, bytes, None] = None,  # noqa: A002 - as subprocess.run names it
         outputs: Union[bool, Sequence[str]] = (),
         output_dir: Union[str, os.PathLike[str], None] = None,
+        tag: Any = None,
         check: bool = False,
         timeout: Timeout = _OWN,
         retries: Optional[int] = None,
@@ -2835,13 +2836,14 @@ class BoxerClient(_Client):
         outputs: names of files below /output, to be had as `result.outputs`; those that the program did not write are
             left out. True: everything there, at most 10,000 files and 256 MiB. Outputs stay on the server.
         output_dir: a local folder, to be made if need be, for everything from /output, whatever its size.
+        tag: not sent; a RunRequest has it, and `run(**vars(request))` does what `send(request)` does.
         check: raise BoxerExitError if the exit code is not 0.
 
         Raises BoxerTimeoutError with status_code 408 when `wall_clock_secs` is over, and BoxerOutputLimitError when
         stdout or stderr is too long. Closing the connection, as an interrupt does, makes the server kill the run. Where
         the run has ended but its outputs cannot be had, the BoxerError has it as `result`.
         """
-        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs)
+        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs, tag)
         result = _run_to_completion(self._run(request, _Options(timeout, retries), output_dir))
         return result.check() if check else result
 
@@ -3451,6 +3453,7 @@ class AsyncBoxerClient(_Client):
         input: Union[str, bytes, None] = None,  # noqa: A002 - as subprocess.run names it
         outputs: Union[bool, Sequence[str]] = (),
         output_dir: Union[str, os.PathLike[str], None] = None,
+        tag: Any = None,
         check: bool = False,
         timeout: Timeout = _OWN,
         retries: Optional[int] = None,
@@ -3462,7 +3465,7 @@ class AsyncBoxerClient(_Client):
         keep files and outputs, `network`, standard `input`, `outputs` to fetch (names, or True for all), `output_dir`
         to fetch them into, and `check` to raise BoxerExitError if the exit code is not 0. A cancelled run is killed.
         """
-        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs)
+        request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs, tag)
         result = await self._run(request, _Options(timeout, retries), output_dir)
         return result.check() if check else result
 
