@@ -6119,19 +6119,23 @@ def test_every_call_of_version_0_1_0_still_means_the_same(old: Any, new: Any) ->
         assert same.default == SAME_DEFAULTS.get((parameter.name, parameter.default), parameter.default)
     for parameter in parameters:
         is_new = parameter.name not in inspect.signature(old).parameters
-        assert not is_new or (parameter.kind, parameter.default is parameter.empty) == (parameter.KEYWORD_ONLY, False)
+        is_optional = parameter.default is not parameter.empty
+        assert not is_new or (is_optional and (parameter.kind is parameter.KEYWORD_ONLY or parameter.name == "outputs"))
+
+
+METHODS = ("health", "wait_until_ready", "run", "send", "upload_file", "upload_path", "download_file", "download_path")
 
 
 def test_every_name_of_version_0_1_0_is_still_there() -> None:
     names = "AsyncBoxerClient BoxerAPIError BoxerClient BoxerError BoxerOutputLimitError BoxerTimeoutError"
     assert {*names.split(), "ResourceLimits", "RunResult"} <= set(boxer.__all__) <= set(dir(boxer))
-    for name in ("health", "wait_until_ready", "run", "upload_file", "upload_path", "download_file", "aclose"):
+    for name in (*METHODS, "aclose"):
         assert inspect.iscoroutinefunction(getattr(AsyncBoxerClient, name))
     assert not inspect.iscoroutinefunction(BoxerClient.close)
 
 
 def test_the_clients_have_the_same_methods_and_parameters() -> None:
-    for name in ("health", "wait_until_ready", "run", "upload_file", "upload_path", "download_file"):
+    for name in METHODS:
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (BoxerClient, AsyncBoxerClient))
         assert ours == theirs
 
@@ -6212,7 +6216,7 @@ def test_a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_modul
 @pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
 def test_tools_can_read_the_types_of_every_method(cls: type) -> None:
     methods = [method for name, method in inspect.getmembers(cls, inspect.isfunction) if name[0] != "_"]
-    assert len(methods) == 7
+    assert len(methods) == len(METHODS) + 2
     for method in (cls.__init__, *methods):  # type: ignore[misc]
         parameters = set(inspect.signature(method).parameters)
         assert set(typing.get_type_hints(method)) == parameters - {"self"} | {"return"}
@@ -6236,7 +6240,8 @@ def test_tools_can_read_the_types_of_data_and_errors(cls: type) -> None:
 @pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
 def test_every_parameter_but_the_first_ones_is_optional_for_tools(cls: type) -> None:
     required = {"run": ["image", "cmd"], "upload_file": ["remote_path", "content"]}
-    required.update(upload_path=["local_path"], download_file=["path"])
+    required.update(upload_path=["local_path"], download_file=["path"], download_path=["path", "local_path"])
+    required.update(send=["request"], run_many=["requests"])
     for name, method in inspect.getmembers(cls, inspect.isfunction):
         if name == "__init__" or name[0] != "_":
             parameters = list(inspect.signature(method).parameters.values())[1:]
@@ -6245,7 +6250,7 @@ def test_every_parameter_but_the_first_ones_is_optional_for_tools(cls: type) -> 
 
 
 @pytest.mark.parametrize("cls", [BoxerClient, AsyncBoxerClient])
-@pytest.mark.parametrize("name", ["run", "health", "upload_file", "upload_path", "download_file"])
+@pytest.mark.parametrize("name", sorted({*METHODS, "run_many"} - {"wait_until_ready"}))
 def test_the_default_of_a_call_s_timeout_says_whose_it_is(cls: type, name: str) -> None:
     default = inspect.signature(getattr(cls, name)).parameters["timeout"].default
     assert default is not ... and default is not None and "client's" in repr(default)
