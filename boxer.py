@@ -94,7 +94,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union, cast
+from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union
 
 __version__ = "1.0.0"
 
@@ -144,6 +144,7 @@ _Upload = tuple[str, Union[Content, Path]]  # a remote path, and what to put the
 
 # Of a request.
 _PIECE = 1024 * 1024  # bytes of content that are read from a file, and sent, at a time
+_SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
 _INPUT_LIMIT = 64 * 1024  # bytes of standard input that travel with the command
@@ -611,9 +612,10 @@ def _run_request(run: RunRequest) -> _Request:
 def _upload_request(remote_path: str, content: Content) -> _Request:
     path = _clean_path("remote_path", remote_path)
     body = _Multipart(path, content)
+    whole = b"".join([*body.pieces(), body.end]) if body.is_in_memory and (body.length or 0) < _SMALL_UPLOAD else None
     kind = f"multipart/form-data; boundary={body.boundary}"
     framing = {"Transfer-encoding": "chunked"} if body.length is None else {"Content-length": str(body.length)}
-    return _Request("POST", "/files", {"Content-type": kind, **framing}, body, path=path)
+    return _Request("POST", "/files", {"Content-type": kind, **framing}, whole or body, path=path)
 
 
 def _download_request(path: str, sink: _Sink | None = None, limit: float = math.inf) -> _Request:
@@ -733,23 +735,28 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None, ex
     if not root.is_dir():
         return [(prefix, _regular_file(local, root))]
     prefix = _path("remote_path", prefix.rstrip("/"))
-    paths = sorted(_walk(root, patterns))
-    names = [_clean_path(f"the name {str(path)!r}", path.relative_to(root).as_posix()) for path in paths]
-    return [(f"{prefix}/{name}", _regular_file(path, _target(path, root))) for path, name in zip(paths, names)]
+    uploads: list[_Upload] = []
+    for parts in sorted(_walk(root, patterns)):
+        path = root.joinpath(*parts)
+        name = _clean_path(f"the name {str(path)!r}", "/".join(parts))
+        uploads.append((f"{prefix}/{name}", _regular_file(path, _target(path, root))))
+    return uploads
 
 
-def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[Path]:
-    """Yield what is below a folder, is no folder itself, and is not excluded; links are not followed."""
-    folders = [root]
+def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    """Yield the parts of the path of what is below a folder, is no folder itself, and is not excluded."""
+    folders: list[tuple[str, ...]] = [()]
     while folders:
-        for path in folders.pop().iterdir():
-            parts = path.relative_to(root).parts
-            if any(_matches(parts, pattern) or _matches(parts[-1:], pattern) for pattern in patterns):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                folders.append(path)
-            else:
-                yield path
+        parents = folders.pop()
+        with os.scandir(root.joinpath(*parents)) as entries:
+            for entry in entries:
+                parts = (*parents, entry.name)
+                if any(_matches(parts, pattern) or _matches(parts[-1:], pattern) for pattern in patterns):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(parts)
+                else:
+                    yield parts
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -777,14 +784,22 @@ def _regular_file(path: Path, target: Path) -> Path:
     return target
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """Open a file that was seen to be one; something else may have been put in its place since."""
+def _opened(path: Path | Content) -> Any:
+    """Open a file that was seen to be one, or read it if it is small; other content is as it is.
+
+    Something else may have been put in the file's place since.
+    """
+    if not isinstance(path, Path):
+        return contextlib.nullcontext(path)
     # Where the system has these flags: follow no link, and do not wait for a pipe's writer.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - the caller closes it
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size >= _SMALL_UPLOAD:
         return file
-    file.close()
+    with file:
+        if stat.S_ISREG(status.st_mode):
+            return contextlib.nullcontext(file.read())
     raise BoxerValidationError(f"{str(path)!r} is not a file any more")
 
 
@@ -1959,11 +1974,10 @@ class _Pool(Generic[_C]):
     ) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
-            connection = self._assign(route, call)
-            if not isinstance(connection, _Connection):
-                await self._wait_for_turn(call, connection)
-                connection = self._assign(route, call)
-            connection = cast("_C", connection)
+            event = self._take_turn(call)
+            if event is not None:
+                await self._wait_for_turn(call, event)
+            connection = self._take_connection(route, call)
             if connection.was_opened:
                 try:
                     connection.attach(call)
@@ -1986,18 +2000,23 @@ class _Pool(Generic[_C]):
         new = self._busy[call] = self._new_connection(connection.route)
         return new
 
-    def _assign(self, route: _Route, call: _Call) -> Any:
-        """Return a connection for a call, an idle one or a new one; or else an event, for which it has to wait."""
+    def _take_turn(self, call: _Call) -> Any:
+        """Give a call a turn; or else a place in the queue, and return the event for which it has to wait."""
         with self._lock:
-            if call not in self._busy and len(self._busy) >= self._size:
-                event = self._queue[call] = self._new_event()
-                return event
-            self._busy[call] = None
-            while (connection := self._pop_idle()) is not None:
-                if connection.route == route and connection.is_fit():
-                    self._busy[call] = connection
-                    return connection
-                connection.close()
+            if len(self._busy) < self._size:
+                self._busy[call] = None
+                return None
+            event = self._queue[call] = self._new_event()
+            return event
+
+    def _take_connection(self, route: _Route, call: _Call) -> _C:
+        """Give a call with a turn an idle connection, or else a new one."""
+        with self._lock:
+            while (idle := self._pop_idle()) is not None:
+                if idle.route == route and idle.is_fit():
+                    self._busy[call] = idle
+                    return idle
+                idle.close()
             new = self._busy[call] = self._new_connection(route)
             return new
 
@@ -2248,7 +2267,7 @@ class _Client:
             path, content = item
             if plan is not None:
                 plan.begun.append(path)
-            with _opened(content) if isinstance(content, Path) else contextlib.nullcontext(content) as opened:
+            with _opened(content) as opened:
                 request = _upload_request(path, opened)
                 await self._exchange(request, _check_uploaded, options._replace(cancellation=cancellation))
             if plan is not None:
@@ -2268,7 +2287,7 @@ class _Client:
         self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None = None
     ) -> RunResult:
         """Run a command, with all that goes before and after it: uploads, removals and downloads."""
-        has_content = isinstance(run.files, Mapping) or run.input is not None
+        has_content = isinstance(run.files, dict) or run.input is not None
         if not has_content and not run.outputs and output_dir is None:
             return await self._exchange(_run_request(run), _run_result, options)
         if output_dir is not None:

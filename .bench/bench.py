@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
-LARGE, UPLOAD = 256 * MIB, 1024 * MIB
+LARGE, HUGE = 256 * MIB, 2048 * MIB
+SMALL_FILES = 2000
 SYNC = ("boxer.py", "boxer-sdk", "urllib3", "httpx", "bare sockets")
 ASYNC = ("boxer.py", "boxer-sdk", "aiohttp", "httpx", "bare sockets", "bare streams")
 COLUMNS = ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx", "curl", "bare sockets", "bare streams")
@@ -59,8 +60,9 @@ class Work(NamedTuple):
     is_busy: bool = False  # other processes keep the machine's processors awake
 
 
-def works(path: str) -> list[Work]:
-    """Return the rows; `path` is that of the file to upload."""
+def works(disk: str) -> list[Work]:
+    """Return the rows; `disk` is the folder with what is uploaded, and to which is downloaded."""
+    huge, small, saved = f"{disk}/huge", f"{disk}/small", f"{disk}/saved"
     asynchronous = ASYNC[:-2]
     return [
         Work("runs in a row", "in_a_row", (4000,), SYNC, 4000),
@@ -73,8 +75,12 @@ def works(path: str) -> list[Work]:
         Work("runs, 10,000 at once, asyncio", "burst", (10_000,), ("boxer.py", "aiohttp"), 10_000),
         Work("download of 256 MiB", "download", (LARGE,), SYNC, 1, "ms"),
         Work("download of 256 MiB, asyncio", "download_async", (LARGE,), asynchronous, 1, "ms"),
-        Work("upload of 1 GiB", "upload", (path,), ("boxer.py", "boxer-sdk", "httpx", "curl"), 1, "ms"),
-        Work("upload of 1 GiB, asyncio", "upload_async", (path,), ("boxer.py", "aiohttp"), 1, "ms"),
+        Work("download of 2 GiB to disk", "save", (HUGE, saved), ("boxer.py", "curl"), 1, "ms"),
+        Work("download of 2 GiB to disk, asyncio", "save_async", (HUGE, saved), ("boxer.py",), 1, "ms"),
+        Work("upload of 2 GiB from disk", "upload", (huge,), ("boxer.py", "boxer-sdk", "httpx", "curl"), 1, "ms"),
+        Work("upload of 2 GiB from disk, asyncio", "upload_async", (huge,), ("boxer.py", "aiohttp"), 1, "ms"),
+        Work("folder of 2,000 small files", "folder", (small,), ("boxer.py", "boxer-sdk"), 1, "ms"),
+        Work("folder of 2,000 small files, asyncio", "folder_async", (small,), ("boxer.py", "boxer-sdk"), 1, "ms"),
         Work("import", "import", (), ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx"), 1, "ms"),
     ]
 
@@ -214,18 +220,26 @@ def best(rounds: list[dict[str, float]], calls: int) -> dict[str, float]:
 def measure(rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {"python": platform.python_version(), "versions": versions(), "works": {}}
     in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=in_memory) as name, nginx(Path(name)) as url, sink() as sink_url:
+    with (
+        tempfile.TemporaryDirectory(dir=in_memory) as name,
+        tempfile.TemporaryDirectory() as disk,
+        nginx(Path(name)) as url,
+        sink() as sink_url,
+    ):
         folder = Path(name)
         folder.chmod(0o755)  # nginx's worker is another user
         (folder / "large").write_bytes(os.urandom(MIB) * (LARGE // MIB))
-        for size in SIZES:
-            with (folder / f"{size}").open("wb") as file:
-                file.truncate(size * MIB)
-        with (folder / "upload").open("wb") as file:
-            for _ in range(UPLOAD // MIB):
+        for path, size in [*((folder / f"{size}", size * MIB) for size in SIZES), (folder / "huge", HUGE)]:
+            with path.open("wb") as file:
+                file.truncate(size)
+        with (Path(disk) / "huge").open("wb") as file:
+            for _ in range(HUGE // MIB):
                 file.write(bytes(MIB))
-        for work in works(str(folder / "upload")):
-            where = sink_url if work.work.startswith("upload") else url
+        (Path(disk) / "small").mkdir()
+        for number in range(SMALL_FILES):
+            (Path(disk) / "small" / f"{number:04}").write_bytes(b"x" * 100)
+        for work in works(disk):
+            where = sink_url if work.work.startswith(("upload", "folder")) else url
             told: dict[str, list[dict[str, float]]] = {candidate: [] for candidate in work.candidates}
             with busy() if work.is_busy else contextlib.nullcontext():
                 for _ in range(rounds):
@@ -281,8 +295,7 @@ def memory_table(results: dict[str, Any]) -> str:
     """Return the README's table of how many bytes of memory a byte of a file takes."""
     rows = [["", *COLUMNS[:-3]], ["---", *["---:"] * (len(COLUMNS) - 3)]]
     for work in works(""):
-        size = {"down": LARGE, "uplo": UPLOAD}.get(work.work[:4])
-        if size:
+        if work.work.startswith(("download", "save", "upload")):
             figures = results["works"][work.title]
             memory = (f"{figures[each]['memory'] / MIB:.0f} MiB" if each in figures else "" for each in COLUMNS[:-3])
             rows.append([work.title, *memory])

@@ -64,6 +64,12 @@ class Boxer:
         with open(path, "rb") as file:
             self.client.upload_file("large", file)
 
+    def save(self, path: str) -> None:
+        self.client.download_path("huge", path)
+
+    def folder(self, path: str) -> None:
+        self.client.upload_path(path)
+
     def close(self) -> None:
         self.client.close()
 
@@ -158,6 +164,9 @@ class Curl:
         form = ["-F", f"file=@{path}", "-F", "path=large"]
         subprocess.run(["curl", "--fail", "--silent", "--output", os.devnull, *form, URL + "/files"], check=True)
 
+    def save(self, path: str) -> None:
+        subprocess.run(["curl", "--fail", "--silent", "--output", path, URL + "/files?path=huge"], check=True)
+
     def close(self) -> None:
         pass
 
@@ -175,6 +184,12 @@ class AsyncBoxer:
     async def upload(self, path: str) -> None:
         with open(path, "rb") as file:
             await self.client.upload_file("large", file)
+
+    async def save(self, path: str) -> None:
+        await self.client.download_path("huge", path)
+
+    async def folder(self, path: str) -> None:
+        await self.client.upload_path(path)
 
     async def close(self) -> None:
         await (self.client.aclose if hasattr(self.client, "aclose") else self.client.close)()
@@ -310,6 +325,23 @@ def upload(candidate: Any, path: str) -> int:
     return 1
 
 
+def save(candidate: Any, size: int, path: str) -> int:
+    candidate.save(path)
+    return is_saved(path, size)
+
+
+def is_saved(path: str, size: int) -> int:
+    """Look whether a file is there, and remove it."""
+    found = Path(path).stat().st_size
+    Path(path).unlink()
+    return int(found == size)
+
+
+def folder(candidate: Any, path: str) -> int:
+    candidate.folder(path)
+    return 1
+
+
 async def in_flight(candidate: Any, count: int, width: int) -> int:
     left = iter(range(count))
 
@@ -336,9 +368,22 @@ async def upload_async(candidate: Any, path: str) -> int:
     return 1
 
 
+async def save_async(candidate: Any, size: int, path: str) -> int:
+    await candidate.save(path)
+    return is_saved(path, size)
+
+
+async def folder_async(candidate: Any, path: str) -> int:
+    await candidate.folder(path)
+    return 1
+
+
 WORKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (in_a_row, in_threads, download, upload, in_flight, burst, download_async, upload_async)
+    for function in (
+        *(in_a_row, in_threads, download, upload, save, folder),
+        *(in_flight, burst, download_async, upload_async, save_async, folder_async),
+    )
 }
 
 
