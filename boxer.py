@@ -154,7 +154,7 @@ _RECEIVE_SIZE = 64 * 1024  # bytes to receive at a time; a TLS record, of at mos
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100  # fields of a head, or of a trailer section
 _INTERIM_LIMIT = 20  # 1xx responses before the final one
-_ORIGINALS_KEPT = 8  # clients whose pickles were loaded in this process
+_LOADED_LIMIT = 8  # clients that are kept since a pickle of theirs was loaded
 _HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
 _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
@@ -367,10 +367,10 @@ def _output_names(outputs: Any) -> Any:
 
 def _output_name(name: str, path: Any) -> str:
     """Return the path of an output below /output."""
-    below = re.sub(r"\A/output/", "", _clean_path(name, path))
-    if below.startswith("/"):
-        raise BoxerValidationError(f"{name} must be relative, or begin with /output/")
-    return _path(name, below)
+    below = _path(name, re.sub(r"\A/output/", "", _clean_path(name, path)))
+    if "" in below.split("/"):
+        raise BoxerValidationError(f"{name} must be relative, or begin with /output/, and have no empty segment")
+    return below
 
 
 def _check_shell_names(env: Any) -> None:
@@ -830,6 +830,7 @@ class _Plan:
                 if isinstance(content, os.PathLike):
                     self.uploads += _local_files(content, path, ())
                 else:
+                    _content(content)  # a wrong type is known before anything is sent
                     self.uploads.append((path, content))
             own = [path for path, _ in self.uploads]
             own += _folders_of(own)
@@ -1560,6 +1561,8 @@ class _Decoder:
 
     def _sized_content(self, length: float) -> Generator[None, None, None]:
         """Decode so many bytes of content; infinity: up to the end of the connection."""
+        if self.is_success and self._content_limit < length < math.inf:
+            raise _ContentLimit  # there is no need to receive any of it
         while length > 0:
             if not self.has_rest:
                 yield
@@ -2183,6 +2186,8 @@ class _Client:
         return f"{type(self).__name__}({self._origin.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._original is None:
+            _ORIGINALS[self._token] = self
         return _copy, (type(self), self._settings, self._token)
 
     def __del__(self) -> None:
@@ -2287,6 +2292,8 @@ class _Client:
         self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None = None
     ) -> RunResult:
         """Run a command, with all that goes before and after it: uploads, removals and downloads."""
+        if not isinstance(run, RunRequest):
+            raise TypeError(f"a request must be a RunRequest, not {type(run).__name__}")
         has_content = isinstance(run.files, dict) or run.input is not None
         if not has_content and not run.outputs and output_dir is None:
             return await self._exchange(_run_request(run), _run_result, options)
@@ -2332,7 +2339,7 @@ class _Client:
         for name in names:
             path = result.output_path(name)
             if output_dir is not None:
-                await self._download_path(path, _output_target(output_dir, name), options)
+                await self._save_output(path, output_dir, name, options)
                 continue
             try:
                 content = await self._exchange(_download_request(path, limit=left), _file_content, options)
@@ -2342,6 +2349,15 @@ class _Client:
                 raise
             result.outputs[name] = content
             left -= len(content)
+
+    async def _save_output(self, path: str, output_dir: str | os.PathLike[str], name: str, options: _Options) -> None:
+        try:
+            with _written_whole(_output_target(output_dir, name)) as file:
+                await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
+        except OSError as error:
+            if isinstance(error, BoxerError):
+                raise
+            raise BoxerError(f"the output {name!r} could not be written to {output_dir}: {error}") from error
 
     async def _download_path(self, path: str, local: Any, options: _Options) -> None:
         if hasattr(local, "write"):
@@ -2354,8 +2370,6 @@ class _Client:
         self, requests: Any, concurrency: int, is_ordered: bool, options: _Options
     ) -> AsyncGenerator[tuple[RunRequest, RunResult | BoxerError], None]:
         async def attempt(request: RunRequest, cancellation: _Cancellation) -> RunResult | BoxerError:
-            if not isinstance(request, RunRequest):
-                raise TypeError(f"each of requests must be a RunRequest, not {type(request).__name__}")
             try:
                 return await self._run(request, options._replace(cancellation=cancellation))
             except BoxerError as error:
@@ -2376,18 +2390,27 @@ class _Client:
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
-_ORIGINALS = _Cache()  # of the copies in this process, by token
+class _Originals(weakref.WeakValueDictionary):  # type: ignore[type-arg]
+    """The clients that pickles in this process stand for, by token. It pickles as empty, as a _Cache does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Originals, ()
+
+
+_ORIGINALS = _Originals()
+_LOADED = _Cache()  # those that were made from a pickle: they are kept, since nothing else does
 
 
 def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
-    """Unpickle a client. All its copies in a process share connections, and need no closing."""
+    """Unpickle a client. All its copies in a process share its connections, and need no closing."""
     original = _ORIGINALS.get(token)
-    if original is None:
+    if original is None or original._is_closed:  # noqa: SLF001 - a client of this module
         original = kind(**settings)
-        original._token, original._needs_closing = token, False  # noqa: SLF001 - a client of its own
-        while len(_ORIGINALS) >= _ORIGINALS_KEPT:
-            _ORIGINALS.pop(next(iter(_ORIGINALS)), None)
+        original._token, original._needs_closing = token, False  # noqa: SLF001
         _ORIGINALS[token] = original
+        while len(_LOADED) >= _LOADED_LIMIT:
+            _LOADED.pop(next(iter(_LOADED)), None)
+        _LOADED[token] = original
     client = object.__new__(kind)
     client.__dict__.update(original.__dict__, _original=original)
     return client
