@@ -1013,15 +1013,21 @@ def _listed_names(response: _Response) -> Sequence[str]:
     if response.code == 404:
         raise BoxerAPIError("the run left no list of its outputs: its image may be without /bin/sh or find", 404)
     names: dict[str, None] = {}
-    for line in _file_content(response).split(b"\0"):
+    left_out = []
+    for line in _file_content(response).split(b"\0")[:-1]:
         name = line.decode("utf-8", "backslashreplace")[2:]
-        is_utf8 = f"./{name}".encode("utf-8", "replace") == line
-        if is_utf8 and not {"", ".", ".."} & set(name.split("/")) and Path(name).parts == tuple(name.split("/")):
+        parts = tuple(name.split("/"))
+        is_as_listed = f"./{name}".encode("utf-8", "replace") == line
+        if is_as_listed and not {"", ".", ".."} & set(parts) and Path(name).parts == parts:
             names[name] = None
-        elif line:
-            _LOG.warning("the output %r is left out, because of its name", name[:_SHOWN_SIZE])
-    if len(names) > _OUTPUT_LIMIT:
-        raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none of them was fetched", response.code)
+        else:
+            left_out.append(name)
+        if len(names) > _OUTPUT_LIMIT:
+            raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none was fetched", response.code)
+    if left_out:
+        _LOG.warning(
+            "outputs left out because of their names: %d, such as %r", len(left_out), left_out[0][:_SHOWN_SIZE]
+        )
     return list(names)
 
 
@@ -2502,7 +2508,7 @@ def _run_to_completion(coroutine: Awaitable[_T]) -> _T:
     raise AssertionError("a coroutine of the blocking client was suspended")  # pragma: no cover
 
 
-def _blocking_iterator(results: AsyncGenerator[_T, None]) -> Iterator[_T]:
+def _blocking_iterator(results: AsyncGenerator[_T, None]) -> Generator[_T, None, None]:
     try:
         while True:
             try:
@@ -2908,7 +2914,7 @@ class BoxerClient(_Client):
         ordered: bool = True,
         timeout: Timeout = _OWN,
         retries: Optional[int] = None,
-    ) -> Iterator[tuple[RunRequest, Union[RunResult, BoxerError]]]:
+    ) -> Generator[tuple[RunRequest, Union[RunResult, BoxerError]], None, None]:
         """Run many requests, `concurrency` at a time, and yield each with what came of it: a RunResult or a BoxerError.
 
         requests: any iterable; it is asked for the next request, in this thread, when there is room for it.
