@@ -2312,8 +2312,9 @@ class _Client:
         try:
             await self._upload_all(plan.uploads, options, plan)
             result = await self._exchange(_run_request(plan.run), _run_result, options)
-        except BoxerAPIError as error:
-            if error.status_code != 0:  # else the connection was given up, and what was sent may still be in use
+        except Exception as error:
+            is_lost = isinstance(error, BoxerConnectionError) or getattr(error, "status_code", None) == 0
+            if not is_lost:  # else what was sent may still be in use
                 await self._remove(plan, options)
             raise
         if not plan.is_removed:
@@ -3419,7 +3420,7 @@ class _AsyncWorkers(_Workers):
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
         self._active: set[asyncio.Future[Any]] = set()
-        self._done: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._done: asyncio.Queue[asyncio.Future[Any]] | None = None  # made in the loop, as Python 3.9 wants it
 
     def fetch(self, source: AsyncIterator[Any]) -> asyncio.Future[Any]:
         return self._follow(source.__anext__())
@@ -3428,12 +3429,14 @@ class _AsyncWorkers(_Workers):
         return self._follow(self._function(item, _Cancellation()))
 
     def _follow(self, awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
+        self._done = self._done or asyncio.Queue()
         task = asyncio.ensure_future(awaitable)
         self._active.add(task)
         task.add_done_callback(self._done.put_nowait)
         return task
 
     async def next_done(self) -> asyncio.Future[Any]:
+        assert self._done is not None
         task = await self._done.get()
         self._active.discard(task)
         return task
