@@ -23,7 +23,8 @@ COUNT = 40
 def load_boxer() -> Any:
     """Import boxer.py by its path, so that it does not lie on the path of the workers, too."""
     spec = importlib.util.spec_from_file_location("boxer", ROOT / "boxer.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules["boxer"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
