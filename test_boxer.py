@@ -12340,6 +12340,8 @@ def test_the_file_names_its_version_licence_and_source() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text("utf-8")
+EXAMPLES_FOLDER = HERE / ".examples"
+of_a_checkout = pytest.mark.skipif(not EXAMPLES_FOLDER.is_dir(), reason="the folder of examples is not here")
 
 
 def blocks(language: str) -> list[Any]:
@@ -12353,27 +12355,116 @@ def blocks(language: str) -> list[Any]:
     return found
 
 
-@in_a_sandbox
-@pytest.mark.parametrize("code", blocks("python"))
-def test_an_example_of_the_readme_prints_what_it_says(server: Any, code: str, tmp_path: Path) -> None:
+def python_beside_boxer(folder: Path, url: str, *line: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder with copies of the client and the examples, where BOXER_URL names a server."""
+    shutil.copy(boxer.__file__, folder / "boxer.py")
+    for example in EXAMPLES_FOLDER.glob("*.py"):
+        shutil.copy(example, folder)
+    program = [sys.executable, "-E", "-W", "error", *line]
+    environment = {**os.environ, "BOXER_URL": url}
+    return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def assert_prints_what_it_says(printed: str, code: str) -> None:
+    """Compare what a program printed with its comments; … in them stands for anything."""
+    expected = "".join(f"{line}\n" for line in re.findall(r"# prints: (.*)$", code, re.MULTILINE))
+    assert re.fullmatch(re.escape(expected).replace("…", ".+"), printed), printed
+
+
+def skip_without_languages(code: str) -> None:
     for name in ("node", "perl"):
         if f'"{name}"' in code and not REAL_URL and not shutil.which(name, path=SANDBOX_PATH):
             pytest.skip(f"{name} is not installed on this machine")
-    # Beside a copy of the client, and without any installed package, as the README promises.
-    shutil.copy(boxer.__file__, tmp_path / "boxer.py")
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("code", blocks("python"))
+def test_an_example_of_the_readme_prints_what_it_says(server: Any, code: str, tmp_path: Path) -> None:
+    skip_without_languages(code)
     (tmp_path / "example.py").write_text(code.replace("http://localhost:8080", server.url), "utf-8")
-    program = [sys.executable, "-E", "-S", "-W", "error", "example.py"]
-    environment = {**os.environ, "BOXER_URL": server.url}
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    if "tqdm" in code:
+        pytest.importorskip("tqdm")
+        done = python_beside_boxer(tmp_path, server.url, "example.py")
+        assert re.search(r"\bup: 100%.*\bdown: [1-9]", done.stderr, re.DOTALL), done.stderr
+        done.stderr = ""
+    else:  # without any installed package, as the README promises
+        done = python_beside_boxer(tmp_path, server.url, "-S", "example.py")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    expected = "".join(f"{line}\n" for line in re.findall(r"# prints: (.*)$", code, re.MULTILINE))
-    assert re.fullmatch(re.escape(expected).replace("…", ".+"), done.stdout), done.stdout
+    assert_prints_what_it_says(done.stdout, code)
+
+
+@of_a_checkout
+@in_a_sandbox
+@pytest.mark.parametrize("name", ["agent_tool.py", "web_handler.py"])
+def test_an_example_prints_what_it_says(server: Any, name: str, tmp_path: Path) -> None:
+    done = python_beside_boxer(tmp_path, server.url, "-S", name)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert_prints_what_it_says(done.stdout, (EXAMPLES_FOLDER / name).read_text("utf-8"))
+
+
+@of_a_checkout
+def test_the_example_of_tests_needs_no_server(tmp_path: Path) -> None:
+    done = python_beside_boxer(tmp_path, "http://192.0.2.1", "-S", "-m", "unittest", "test_my_code.py")
+    assert done.returncode == 0 and re.search(r"^Ran 4 tests .*^OK$", done.stderr, re.DOTALL | re.MULTILINE)
+
+
+# Each row: a program that adds two numbers, or not, and the line that the example of a judge says of it.
+SUBMISSIONS = {
+    "adds": ("print(sum(map(int, input().split())))", "adds.py              accepted"),
+    "divides": ("print(1 // 0)", "divides.py           runtime error  1      exit code 1: ZeroDivisionError: …"),
+    "floods": ("while True: print('x' * 999)", "floods.py            output limit   1      begins with 'xxx…'"),
+    "five": ("print(5)", "five.py              wrong answer   2      printed '5\\n'"),
+    "loops": (
+        "print('begun')\nwhile 1: pass",
+        "loops.py             time limit     1      printed until then: 'begun\\n'",
+    ),
+}
+
+
+@of_a_checkout
+@in_a_sandbox
+def test_the_example_of_a_judge_prints_a_table_of_verdicts(server: Any, tmp_path: Path) -> None:
+    for folder in ("problem", "submissions"):
+        (tmp_path / folder).mkdir()
+    for name, (asked, answered) in {"1": ("2 3\n", "5\n"), "2": ("-4 4\n", "0\n")}.items():
+        (tmp_path / f"problem/{name}.in").write_text(asked)
+        (tmp_path / f"problem/{name}.out").write_text(answered)
+    for name, (code, _) in SUBMISSIONS.items():
+        (tmp_path / f"submissions/{name}.py").write_text(code)
+    done = python_beside_boxer(tmp_path, server.url, "-S", "judge.py", "problem", "submissions")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_prints_what_it_says(
+        done.stdout, "\n".join(f"# prints: {SUBMISSIONS[name][1]}" for name in sorted(SUBMISSIONS))
+    )
+
+
+@of_a_checkout
+@in_a_sandbox
+def test_the_example_of_a_batch_goes_on_where_it_stopped(server: Any, tmp_path: Path) -> None:
+    def start() -> bytes:
+        done = python_beside_boxer(tmp_path, server.url, "-S", "batch.py", "tasks.jsonl", "results.jsonl")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        return results.read_bytes()
+
+    results, tasks = tmp_path / "results.jsonl", tmp_path / "tasks.jsonl"
+    # What a program prints tells its run from any other.
+    code = "import os, sys; print(os.urandom(8).hex()); sys.exit({})"
+    tasks.write_text("".join(json.dumps({"id": f"n{n}", "code": code.format(n)}) + "\n" for n in range(6)))
+    whole = start()
+    first = whole.splitlines(keepends=True)
+    results.write_bytes(b"".join(first[:3]) + first[3][:-9])  # stopped in the middle of a line
+    again = start()
+    assert again.startswith(b"".join(first[:3])) and not set(again.splitlines()[3:]) & set(whole.splitlines())
+    assert start() == again
+    said = [json.loads(line) for line in again.splitlines()]
+    assert sorted((it["id"], it["exit_code"], len(it["stdout"])) for it in said) == [(f"n{n}", n, 17) for n in range(6)]
 
 
 def command(subcommand: str) -> list[str]:
-    """Give the README's command line of test_boxer.py, for this Python without any installed package."""
+    """Give the README's command line of test_boxer.py, for this Python without installed packages, at a free port."""
     lines = [line for block in blocks("sh") for line in block.values[0].splitlines()]
-    program, *arguments = next(line for line in lines if line.endswith(f"test_boxer.py {subcommand}")).split()
+    [line] = [line for line in lines if f"test_boxer.py {subcommand}" in line]
+    program, *arguments = line.replace("8080", "0").split()
     assert program == "python3"
     return [sys.executable, "-E", "-S", "-W", "error", *arguments]
 
@@ -12413,35 +12504,242 @@ def test_the_stand_in_of_the_readme_says_where_it_is_and_serves_until_it_is_inte
             process.kill()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="these are commands of Unix")
+@pytest.mark.parametrize("start", ["cp boxer.py", "sha256sum --check"])
+def test_a_command_of_the_readme_works(start: str, tmp_path: Path) -> None:
+    """What needs a network, hatchling or tox is not among them; `.ci/run` runs the command of the tests."""
+    [line] = [block.values[0] for block in blocks("sh") if block.values[0].startswith(start)]
+    if not shutil.which(line.split()[0]):
+        pytest.skip(f"{line.split()[0]} is not installed on this machine")
+    content = Path(boxer.__file__).read_bytes()
+    (tmp_path / "boxer.py").write_bytes(content)
+    (tmp_path / "my-project").mkdir()
+    sums = [f"{hashlib.sha256(content).hexdigest()}  boxer.py", f"{'0' * 64}  boxer_sdk-1.0.0.tar.gz"]
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{line}\n" for line in sums))
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run(line, shell=True, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert "cp" not in start or (tmp_path / "my-project/boxer.py").read_bytes() == content
+
+
 def section(title: str) -> str:
-    """Give what stands under a heading of the second level."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    """Give what stands under a heading of the README, up to the next one."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", README, re.DOTALL | re.MULTILINE)
+    assert found, title
+    return found[1]
 
 
-def test_every_promise_of_the_readme_names_tests_that_there_are() -> None:
-    tests = {name for name in globals() if name.startswith("test_")}
-    rows = [row for row in section("What you can rely on").splitlines() if row.startswith("| ")][2:]
-    for row in rows:
-        named = re.findall(r"`(\w+)`", row.split("|")[2])
-        assert named and {f"test_{name}" for name in named} <= tests, row
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 550 and max(len(line) for line in lines if line[:1] != "|") <= 120
+
+
+@of_a_checkout
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)]+)\)", prose):
+        assert target.startswith("https://") or target in anchors or (HERE / target).is_file(), target
+
+
+# What the README promises, by its first words, and the tests that show it.
+PROMISES = {
+    "Every call ends": """
+        a_server_that_is_too_slow_is_given_up
+        a_server_that_does_not_read_is_given_up
+        a_connection_that_is_never_accepted_is_given_up
+        an_endless_answer_comes_to_an_end
+        one_deadline_covers_all_tries_and_pauses
+        an_answer_that_has_arrived_by_the_deadline_counts
+        a_flood_does_not_outlast_the_deadline
+        the_wait_for_a_free_connection_does_not_count
+    """,
+    "Large files may take their time:": """
+        what_keeps_moving_outlives_its_timeout
+        the_deadline_holds_while_a_file_is_read
+        each_upload_of_a_mapping_has_a_deadline_of_its_own
+    """,
+    "No answer is made up.": """
+        whatever_a_server_says_comes_to_what_it_should
+        an_answer_cut_off_anywhere_is_no_answer
+        an_answer_may_come_in_any_two_pieces
+        an_answer_is_taken_for_what_other_readers_take_it_for
+        an_answer_that_is_cut_off_within_tls_is_no_answer
+        an_idle_connection_that_anything_happened_to_is_not_used_again
+        a_connection_that_answered_early_is_not_used_again
+        callers_who_make_thousands_of_calls_get_their_own_answers
+    """,
+    "Files arrive whole,": """
+        a_download_is_a_whole_file_or_an_error
+        a_download_that_fails_leaves_everything_as_it_was
+        each_output_is_whole_or_not_there
+        a_run_that_was_not_wholly_sent_did_not_succeed
+        a_file_that_changes_its_size_is_never_a_whole_upload
+        content_arrives_whole_however_it_is_given
+        a_413_in_the_middle_of_an_upload_arrives
+        a_413_of_the_stand_in_arrives
+    """,
+    "One family of errors.": """
+        whatever_a_server_says_comes_to_what_it_should
+        running_out_of_descriptors_is_a_connection_error
+        a_name_nobody_knows_is_a_connection_error
+        an_output_that_cannot_be_a_file_here_is_an_error_with_the_result
+        every_error_of_a_file_names_it
+        what_is_no_boxer_server_is_doubted_by_its_url
+        what_does_not_speak_http_is_doubted_by_its_url
+        a_proxy_that_cannot_be_reached_is_named_with_the_host_that_it_was_for
+        a_bad_url_says_where_it_comes_from
+        the_error_of_an_exit_code_shows_the_few_lines_that_tell
+        the_text_of_an_error_is_the_server_s_own_reason
+    """,
+    "A run is never sent twice": """
+        a_post_whose_bytes_have_left_is_never_sent_twice
+        a_request_is_sent_again_after_what_says_that_it_is_over_or_never_began
+    """,
+    "Retries": """
+        a_third_of_runs_lost_to_the_race_is_no_failure
+        the_race_has_tries_of_its_own
+        retry_after_is_honoured_in_seconds_and_as_a_date
+        a_retry_after_past_the_deadline_ends_the_call_at_once
+    """,
+    "Cancelled means killed.": """
+        a_call_can_be_cancelled_at_every_step_of_its_loop
+        a_call_can_be_cancelled_whenever_it_waits
+        a_cancelled_run_is_killed
+        an_interrupted_call_closes_its_connection
+        a_call_can_be_broken_off_while_it_pauses
+        closing_a_client_ends_its_calls_with_a_connection_error
+        closing_a_client_ends_the_pause_of_its_call_at_once
+        closing_a_client_ends_an_attempt_to_connect_at_once
+        leaving_the_loop_early_kills_the_runs_that_are_under_way
+        an_interrupt_in_many_runs_kills_them
+    """,
+    "Runs never mix,": """
+        runs_at_once_with_the_same_names_never_mix
+        a_mapping_of_files_is_the_working_directory_of_a_run_and_gone_afterwards
+        nothing_of_a_run_s_own_files_is_left_after
+        more_than_200_paths_are_named_by_their_folder_alone_and_then_removed
+        what_becomes_of_the_removal_does_not_change_what_becomes_of_the_call
+        after_a_lost_connection_nothing_is_removed
+    """,
+    "The command is the command.": """
+        an_input_arrives_byte_for_byte
+        what_runs_with_an_input_or_outputs_is_what_was_asked_for
+        what_only_a_shell_has_is_no_program
+        a_program_that_is_killed_leaves_nothing_of_a_shell_s_on_stderr
+        a_program_ends_with_its_own_exit_code_whatever_it_reads_of_its_input
+    """,
+    "Outputs stay in their place.": """
+        of_a_hostile_list_only_names_below_output_count
+        a_list_that_is_forged_or_missing_is_an_error_with_the_result
+        a_program_that_meddles_with_the_list_gains_nothing
+        a_sparse_file_is_streamed_into_a_folder_and_too_much_for_memory
+        a_single_endless_output_takes_no_endless_memory
+        nothing_is_written_through_a_link_below_the_folder_of_outputs
+        an_output_takes_the_place_of_a_link_and_does_not_follow_it
+    """,
+    "Many runs": """
+        no_more_than_so_many_runs_are_in_flight
+        the_source_is_asked_only_for_what_there_is_room_for
+        in_order_what_has_finished_waits_but_not_without_end
+        requests_and_results_that_are_done_with_are_let_go
+    """,
+    "Memory is bounded.": """
+        a_large_file_goes_up_and_down_in_64_mib_of_memory
+        a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_sent
+        an_answer_to_a_run_is_not_taken_in_without_bounds
+        a_flood_does_not_pile_up_while_a_file_is_read
+    """,
+    "Nothing leaks:": """
+        a_client_that_was_never_closed_warns_and_leaves_nothing
+        a_call_that_is_cancelled_as_its_answer_comes_is_cancelled
+    """,  # and every other test, since each is looked over when it ends: see nothing_left_behind
+    "A client can be shared": """
+        callers_who_make_thousands_of_calls_get_their_own_answers
+        after_a_fork_neither_process_touches_the_connections_of_the_other
+        a_killed_parent_s_connections_end_even_if_a_child_of_its_lives
+        two_event_loops_at_once_get_their_own_answers_or_are_told_that_they_cannot
+        every_call_works_on_another_loop
+        a_deadline_ends_a_call_on_another_loop
+        copies_of_a_client_in_one_process_share_its_connections_and_need_no_closing
+        a_pool_of_processes_can_send_requests
+        a_function_that_uses_a_client_can_be_sent_to_a_worker_without_the_module
+    """,
+    "Your exceptions are yours.": """
+        what_a_signal_handler_raises_leaves_a_connect_as_it_is
+        what_a_signal_handler_raises_leaves_a_look_up_as_it_is
+        what_a_handler_raises_leaves_as_it_is
+        what_a_file_object_raises_cancels_its_download
+        what_the_source_raises_is_raised_after_what_had_finished
+        the_error_of_a_file_that_cannot_be_read_comes_out
+        a_signal_handler_may_use_the_client_that_it_interrupts
+        a_call_within_a_call_that_has_the_only_connection_fails_at_once
+    """,
+    "TLS is verified": """
+        a_certificate_that_does_not_hold_is_refused_and_not_tried_again
+        plaintext_where_tls_should_be_is_a_connection_error
+        http_goes_through_a_proxy
+        https_goes_through_a_tunnel
+        no_proxy_names_what_goes_straight
+        the_environment_says_which_proxy_there_is
+        every_call_works_through_a_proxy
+    """,
+    "Text is text.": """
+        text_arrives_as_it_is_or_is_refused
+        what_cannot_be_right_is_refused_before_anything_is_sent
+        nul_is_refused_in_all_text_of_a_run_and_in_every_path
+    """,
+    "Uploads stay in their place.": """
+        what_is_uploaded_stays_below_the_folder_that_is_named
+        a_folder_is_never_uploaded_into_the_root_of_the_store
+        a_name_in_files_that_cannot_be_is_refused_before_anything_is_sent
+        what_is_excluded_is_not_sent
+        what_is_not_a_file_of_the_folder_is_refused_by_name
+        a_file_that_becomes_a_link_on_the_way_is_not_followed_out_of_the_folder
+    """,
+    "Secrets do not show": """
+        secrets_are_never_shown
+        a_secret_in_what_is_refused_shows_nowhere
+        credentials_show_nowhere
+        tries_are_logged_without_secrets
+        an_exchange_is_logged_without_secrets
+        an_input_shows_up_in_no_error
+    """,
+}
+
+
+def test_every_promise_of_the_readme_has_tests_that_there_are() -> None:
+    assert re.findall(r"^- \*\*(.+?)\*\*", section("What you can rely on"), re.MULTILINE) == list(PROMISES)
+    for promise, names in PROMISES.items():
+        assert names.split() and {f"test_{name}" for name in names.split()} <= set(globals()), promise
 
 
 @pytest.mark.skipif(not (HERE / ".bench").is_dir(), reason="the benchmark is not here")
 @pytest.mark.parametrize("mark", ["time", "memory"])
-def test_the_figures_of_the_readme_are_those_that_were_measured_last(mark: str) -> None:
+def test_the_figures_of_the_benchmark_are_those_that_were_measured_last(mark: str) -> None:
     program = [sys.executable, ".bench/bench.py", "--print", mark]
     measured = subprocess.run(program, cwd=HERE, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert f"<!-- bench {mark} -->\n{measured}<!-- end -->\n" in README
+    assert f"<!-- bench {mark} -->\n{measured}<!-- end -->\n" in (HERE / ".bench/README.md").read_text("utf-8")
 
 
 def first_column(text: str) -> list[str]:
     """Give what stands in backquotes at the start of each row of a table."""
-    return re.findall(r"^\| `(\w+)", text, re.MULTILINE)
+    return re.findall(r"^\| `(.+?)`", text, re.MULTILINE)
 
 
-def test_the_readme_lists_every_error() -> None:
+def test_the_readme_lists_every_error_and_what_it_carries() -> None:
     errors = [name for name in boxer.__all__ if name.endswith("Error")]
     assert sorted(first_column(section("Errors"))) == errors
+    carried = {"result", "request_sent", "status_code"}
+    assert carried <= set(re.findall(r"`(\w+)`", section("Errors")))
+    made = [
+        BoxerError(),
+        BoxerValidationError(),
+        BoxerConnectionError(""),
+        BoxerExitError(RESULT),
+        BoxerAPIError("", 0),
+    ]
+    assert {name for error in made for name in [*vars(error), *vars(BoxerError)] if name[0] != "_"} == carried
 
 
 def test_the_readme_lists_every_setting_and_its_default() -> None:
@@ -12450,6 +12748,28 @@ def test_the_readme_lists_every_setting_and_its_default() -> None:
     assert rows == [(setting.name, repr(setting.default)) for setting in settings]
 
 
-def test_the_readme_lists_every_method() -> None:
-    methods = {name for name, _ in inspect.getmembers(boxer.BoxerClient, inspect.isfunction) if name[0] != "_"}
-    assert set(first_column(section("Methods"))) == methods
+def call_of(name: str) -> str:
+    """Give a method's call with the names of its parameters, less those that all of them have."""
+    parameters = list(inspect.signature(getattr(BoxerClient, name)).parameters.values())[1:]
+    if {"timeout", "retries"} <= {parameter.name for parameter in parameters}:
+        parameters = [parameter for parameter in parameters if parameter.name not in ("timeout", "retries")]
+    names = [parameter.name for parameter in parameters]
+    by_name = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if by_name:
+        names.insert(names.index(by_name[0]), "*")
+    return f"{name}({', '.join(names)})"
+
+
+def test_the_readme_lists_every_method_with_its_parameters() -> None:
+    methods = {name for name, _ in inspect.getmembers(BoxerClient, inspect.isfunction) if name[0] != "_"}
+    assert sorted(first_column(section("Methods"))) == sorted(map(call_of, methods))
+
+
+def test_the_readme_names_every_field_of_a_result_and_every_limit() -> None:
+    result = {name for name in dir(RESULT) if name[0] != "_"}
+    assert {it.partition("(")[0] for it in re.findall(r"`(\w+(?:\(\w*\))?)`", section("Methods"))} >= result
+    limits = {it.name for it in dataclasses.fields(ResourceLimits)}
+    assert set(re.findall(r"`(\w+)`", section("Limits, exit codes and errors"))) >= limits
+    request = {it.name for it in dataclasses.fields(RunRequest)}
+    of_a_run = set(inspect.signature(BoxerClient.run).parameters) - {"self", "timeout", "retries"}
+    assert of_a_run - request == {"output_dir", "check"} and request <= of_a_run  # as the README says

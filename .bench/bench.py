@@ -2,7 +2,7 @@
 
     python .bench/bench.py             measures all, and writes results.json, calls.svg and memory.svg
     python .bench/bench.py --rounds 1  is quicker, and says less
-    python .bench/bench.py --readme    writes the tables of results.json into README.md, and measures nothing
+    python .bench/bench.py --readme    writes the tables of results.json into .bench/README.md, and measures nothing
 
 Each figure is the best of several rounds, in which the candidates take turns, each in a process of its own (work.py).
 The server of runs and downloads is an nginx with one process that answers from memory, that of uploads takes what
@@ -280,10 +280,15 @@ def line(work: Work, figures: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
+def measured_works(results: dict[str, Any]) -> list[Work]:
+    """Return the rows that there are figures for: one that is new has none until all are measured again."""
+    return [work for work in works("") if work.title in results["works"]]
+
+
 def table(results: dict[str, Any]) -> str:
-    """Return the README's table: our own CPU time, and how many times as much the others take."""
+    """Return the table of .bench/README.md: our own CPU time, and how many times as much the others take."""
     rows = [["", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    for work in works(""):
+    for work in measured_works(results):
         figures, scale = results["works"][work.title], {"µs": 1e6, "ms": 1e3}[work.unit]
         ours = figures["boxer.py"]["cpu"]
         others = (f"{figures[each]['cpu'] / ours:.2f} ×" if each in figures else "" for each in COLUMNS[1:])
@@ -292,9 +297,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def memory_table(results: dict[str, Any]) -> str:
-    """Return the README's table of how many bytes of memory a byte of a file takes."""
+    """Return the table of .bench/README.md that says how much memory a file takes."""
     rows = [["", *COLUMNS[:-3]], ["---", *["---:"] * (len(COLUMNS) - 3)]]
-    for work in works(""):
+    for work in measured_works(results):
         if work.work.startswith(("download", "save", "upload")):
             figures = results["works"][work.title]
             memory = (f"{figures[each]['memory'] / MIB:.0f} MiB" if each in figures else "" for each in COLUMNS[:-3])
@@ -332,8 +337,8 @@ TABLES = {"time": table, "memory": memory_table}
 
 
 def write_readme(results: dict[str, Any]) -> None:
-    """Put the tables between their marks in README.md."""
-    readme = HERE.parent / "README.md"
+    """Put the tables between their marks in .bench/README.md."""
+    readme = HERE / "README.md"
     text = readme.read_text("utf-8")
     for mark, make in TABLES.items():
         begin, end = f"<!-- bench {mark} -->\n", "\n<!-- end -->"
@@ -348,7 +353,7 @@ def main() -> None:
     parser.add_argument(
         "--print", choices=("time", "memory"), help="print a table of results.json, and measure nothing"
     )
-    parser.add_argument("--readme", action="store_true", help="write the tables of results.json into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables of results.json into .bench/README.md")
     parser.add_argument("--sink", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sink:

@@ -24,7 +24,9 @@ ROOT = TOOLS.parent
 BIN = "Scripts" if os.name == "nt" else "bin"
 IN_WHEEL = ["boxer/__init__.py", "boxer/__main__.py", "boxer/py.typed"]
 IN_SDIST = [
-    *(f".bench/{name}" for name in ("bench.py", "calls.svg", "memory.svg", "results.json", "soak.py", "work.py")),
+    *(f".bench/{name}" for name in ("README.md", "bench.py", "calls.svg", "memory.svg")),
+    *(f".bench/{name}" for name in ("results.json", "soak.py", "work.py")),
+    *(f".examples/{path.name}" for path in sorted((ROOT / ".examples").glob("*.py"))),
     ".gitignore",
     *(f".package/{name}" for name in IN_WHEEL),
     *(f".tools/{path.name}" for path in sorted(TOOLS.glob("*.py"))),
