@@ -38,7 +38,8 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036 - the file may have been copied anywhere
-    raise ImportError("boxer.py needs Python 3.9 or later, and this is Python {}.{}".format(*sys.version_info))
+    text = "boxer.py needs Python 3.9 or later, and this is Python {}.{}"  # pragma: no cover
+    raise ImportError(text.format(*sys.version_info))  # pragma: no cover - coverage needs a newer one, too
 
 import asyncio
 import binascii

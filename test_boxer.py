@@ -11526,6 +11526,12 @@ def test_each_output_is_whole_or_not_there(client_of: Clients, tmp_path: Path) -
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == {"a": b"whole"}
 
 
+def test_outputs_are_named_or_go_into_a_folder(client_of: Clients, tmp_path: Path) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="exclude each other"):
+        client_of(peer.url).run("image", ["true"], outputs=["a"], output_dir=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_local_folder_that_cannot_be_made_is_an_error_of_the_system(client_of: Clients, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with Host(Kept({"a": b""})) as host, pytest.raises((OSError, BoxerError)):
@@ -11591,7 +11597,7 @@ class Pipe:
         return len(data)
 
 
-BULKY_CONTENT = bytes(range(256)) * 4096
+BULKY_CONTENT = bytes(range(256)) * 4096 * 3  # more than is written at a time
 
 
 def cut_then_whole() -> Peer:
@@ -12079,7 +12085,7 @@ def test_many_runs_may_have_inputs_files_and_outputs_and_leave_nothing(client_of
     code = "import sys; open('/output/r', 'w').write(open('n').read() + sys.stdin.read())"
     requests = [
         RunRequest(
-            PYTHON, ["python3", "-c", code], files={"n": str(number)}, input=f" {number}", outputs=["r"], tag=number
+            PYTHON, ["python3", "-c", code], files={"n": str(number), "m": b""}, input=f" {number}", outputs=["r"]
         )
         for number in range(12)
     ]
@@ -12205,7 +12211,7 @@ def test_copies_of_a_client_in_one_process_share_its_connections_and_need_no_clo
         real = client.client if isinstance(client, PlainCalls) else client
         assert client.run("i", ["c"]) == RESULT
         for _ in range(5):
-            method = pickle.loads(pickle.dumps(real.send))
+            method = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(real.send))))
             assert len(pickle.dumps(real.send)) < 700
             sent = method(RunRequest("i", ["c"]))
             assert (client.loop.run_until_complete(sent) if isinstance(client, PlainCalls) else sent) == RESULT
@@ -12214,6 +12220,28 @@ def test_copies_of_a_client_in_one_process_share_its_connections_and_need_no_clo
         assert client.run("i", ["c"]) == RESULT
         client_of.take(pickle.loads(pickle.dumps(real)))  # which closes the connection of them all
     assert host.connections <= 2  # one of the client's own, perhaps
+
+
+def test_few_clients_that_came_as_pickles_are_kept(client_of: Clients) -> None:
+    def ask(pickled: bytes) -> bool:
+        """Use a client without closing it, as a worker does."""
+        client = pickle.loads(pickled)
+        asked = client.health()
+        return bool(asked) if client_of.kind == "sync" else client_of.loop.run_until_complete(asked)
+
+    with Host(lambda _: [WELL]) as host:
+        pickles = []
+        for _ in range(20):
+            client = client_of.cls(host.url)
+            pickles.append(pickle.dumps(client))
+            client_of.take(client).close()
+        del client
+        gc.collect()
+        assert all(ask(pickled) for pickled in [*pickles, *pickles[-8:]])
+        gc.collect()
+        assert host.connections == 20
+        for pickled in pickles[-8:]:
+            client_of.take(pickle.loads(pickled)).close()  # a copy that is closed closes what is idle
 
 
 PROCESSES = """
