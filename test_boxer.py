@@ -32,6 +32,7 @@ import http
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import os
 import posixpath
@@ -215,16 +216,22 @@ class Sandbox:
             return bool(children)
         return False
 
-    def works(self) -> bool:
-        """Run a program as a real run would, and see whether its output comes back."""
+    @functools.cached_property
+    def problem(self) -> str:
+        """Run a program as a real run would; say why its output does not come back, or nothing if it does."""
         with _scratch() as folder:
             write = "open('/output/probe', 'w').write('kept'); print('printed')"
             job = Job(["python3", "-c", write], [], f"{folder}/job")
             try:
                 outcome = execute(self, job, seconds=30, limit=MIB)
-            except (OSError, ValueError):
-                return False
-            return outcome.stdout == b"printed\n" and os.path.exists(f"{job.output}/probe")
+            except FileNotFoundError as error:
+                return f"{error.filename} is not installed"
+            except (OSError, ValueError) as error:
+                return str(error)
+            if outcome.stdout == b"printed\n" and os.path.exists(f"{job.output}/probe"):
+                return ""
+            said = outcome.stderr.decode("utf-8", "replace").strip() or f"{outcome.ending}, {outcome.exit_code}"
+            return said.splitlines()[-1]
 
 
 class GVisor(Sandbox):
@@ -244,7 +251,7 @@ class GVisor(Sandbox):
 
     def _killed_inside(self, job: Job, _pid: int) -> bool:
         ask = [*self._runsc(job), "kill", job.exec_id, "KILL"]
-        return subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+        return subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, env=search_path()).returncode == 0
 
     def _runsc(self, job: Job) -> list[str]:
         flags = ["--platform=ptrace", "--ignore-cgroups", "--network=none"]
@@ -393,12 +400,32 @@ class NoSandbox(Sandbox):
         raise OSError("no sandbox on this machine")
 
 
+def search_path() -> dict[str, str]:
+    """Return an environment that finds programs in the folders of servers, which a plain user's PATH often lacks."""
+    return {**os.environ, "PATH": ":".join(filter(None, [os.environ.get("PATH"), DEFAULT_PATH]))}
+
+
+@functools.cache
+def wanted_sandboxes() -> tuple[Sandbox, ...]:
+    """Return all sandboxes, the best first, or the one that BOXER_SANDBOX names."""
+    wanted = os.environ.get("BOXER_SANDBOX", "").lower()
+    boxes = GVisor(), Bubblewrap(), Namespaces()
+    names = [box.name for box in boxes]
+    if wanted not in ("", "none", *map(str.lower, names)):
+        raise ValueError(f"BOXER_SANDBOX is {wanted!r}; it can be {', '.join(names)} or none")
+    return tuple(box for box in boxes if wanted in ("", box.name.lower()) and sys.platform == "linux")
+
+
 @functools.cache
 def find_sandbox() -> Sandbox | None:
-    """Return the best sandbox that works here, or the one BOXER_SANDBOX names if it does; else None."""
-    wanted = os.environ.get("BOXER_SANDBOX", "").lower()
-    boxes: list[Sandbox] = [GVisor(), Bubblewrap(), Namespaces()] if sys.platform == "linux" else []
-    return next((box for box in boxes if wanted in ("", box.name.lower()) and box.works()), None)
+    """Return the best of the wanted sandboxes that works here, or None."""
+    return next((box for box in wanted_sandboxes() if not box.problem), None)
+
+
+def passed_over() -> list[str]:
+    """Say of each sandbox that would have been better than the one that was found why it does not work."""
+    boxes = itertools.takewhile(lambda box: box.problem, wanted_sandboxes())
+    return [f"{box.name} does not work here: {box.problem}" for box in boxes]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -424,9 +451,9 @@ def execute(sandbox: Sandbox, job: Job, seconds: float, limit: int, client: sock
     if reason:
         return Outcome("ended", 128, b"", f"running container: {reason}\n".encode("utf-8", "replace"), 0)
     # Standard input is a pipe, too: gVisor gives what it gets there to nobody, and would so with /dev/null.
-    pipe = subprocess.PIPE
+    pipe, env = subprocess.PIPE, search_path()
     with subprocess.Popen(
-        sandbox.command(job), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+        sandbox.command(job), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True, env=env
     ) as process:
         assert process.stdin
         process.stdin.close()
@@ -1331,7 +1358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
     commands.add_parser("demo", help="start a server and walk through the client")
     options = parser.parse_args(arguments)
-    return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
+    try:
+        for line in passed_over():
+            print(line, file=sys.stderr, flush=True)
+        return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
+    except (OSError, ValueError) as error:  # BOXER_SANDBOX names none, or the port is taken
+        parser.exit(2, f"{error}\n")
 
 
 def serve(port: int, *, unsafe: bool) -> int:
@@ -1496,7 +1528,6 @@ import hashlib
 import http.client
 import importlib
 import inspect
-import itertools
 import logging
 import math
 import mmap
@@ -1684,8 +1715,8 @@ def names(server: Any) -> dict[str, str]:
 
 
 def found(program: str) -> str | None:
-    """Return where a program is; a plain user's PATH often lacks the folders of servers."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{DEFAULT_PATH}")
+    """Return where a program is."""
+    return shutil.which(program, path=search_path()["PATH"])
 
 
 # Both clients, as plain calls
