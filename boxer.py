@@ -1,16 +1,48 @@
-"""The client of Boxer, a service that runs untrusted code in gVisor sandboxes over HTTP.
+"""Run untrusted code in the gVisor sandboxes of a Boxer server.
 
+    from pathlib import Path
     from boxer import BoxerClient
 
-    with BoxerClient("http://localhost:8080") as client:
-        result = client.run(image="python:3.12-slim", cmd=["python3", "-c", "print('hello world')"])
-        print(result.stdout, result.exit_code)
+    with BoxerClient("http://localhost:8080") as client:  # without a URL: $BOXER_URL, or else this one
+        result = client.run("python:3.12-slim", ["python3", "-c", "print('hello world')"])
+        print(result.stdout, result.stderr, result.exit_code)
+
+Files and standard input go in with the run, and outputs come back:
+
+        result = client.run(
+            "python:3.12-slim",
+            ["python3", "main.py"],
+            files={"main.py": "print(input())", "data": Path("data")},  # text, bytes, binary files, paths
+            input="hello",
+            outputs=["result.json"],  # what it wrote to /output: result.outputs["result.json"] is bytes
+            limits={"wall_clock_secs": 10},
+        )
+
+Many runs: `client.run_many(requests)` takes any number of RunRequests and yields each with its RunResult or BoxerError.
+
+Two clients have the same methods: BoxerClient blocks, and any number of threads may share one; those of
+AsyncBoxerClient are coroutines.
+
+    run, send, run_many                       run a command; run a RunRequest; run many of them
+    upload_file, upload_path                  put content, or a local file or folder, into the server's store
+    download_file, download_path              get a file from there, as bytes or to disk
+    health, wait_until_ready                  ask whether the server is well
+
+A program that ran is a RunResult, whatever its exit code; `check=True` makes a failure a BoxerExitError. Every fault of
+the network or the server is a BoxerError:
+
+    BoxerValidationError      what was asked for cannot be right; nothing was sent
+    BoxerConnectionError      no complete answer came
+    BoxerAPIError             the server refused; `status_code` says how
+        BoxerTimeoutError         the program's time was up (408), or the client's own (0)
+        BoxerOutputLimitError     the program wrote too much to stdout or stderr
+
+On the command line: `python3 boxer.py --help`, or `boxer --help` where the package `boxer-sdk` is installed.
 
 This file is the whole client. It needs nothing but Python 3.9 or later: copy it next to your code, or install the
-package `boxer-sdk`, which holds this same file. There are two clients with the same methods: `BoxerClient` blocks,
-and any number of threads may share one; `AsyncBoxerClient` is for asyncio.
+package, which holds this same file.
 
-The sections, each of which builds on those above it:
+For those who read on, the sections, each of which builds on those above it:
 
     Limits         every size, count and time that bounds something
     Data           what is asked for and what comes back; the names of the JSON
@@ -22,7 +54,7 @@ The sections, each of which builds on those above it:
     Both clients   what is said over a connection, the pool of connections, and the tries of a call
     Sync client    a connection over a socket, and the handler for a urllib.request opener that drives it
     Async client   a connection over asyncio's StreamReader and StreamWriter
-    Command line   the program `boxer`: `python3 boxer.py --help` shows what it does
+    Command line   the program `boxer`
 
 How one text serves both clients: every decision is made once, in coroutines. What they await is a connection's few
 verbs (`connect`, `start_tls`, `next_piece`, `drain`, `receive`) and a few of the pool's (`_resolve`, `pause`). In
