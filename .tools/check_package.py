@@ -88,8 +88,8 @@ def check_use(python: Path, lies_at: Path, folder: Path) -> None:
     printed = run(python, "-W", "error", "-c", IMPORT, cwd=folder)
     assert Path(printed.strip()) == lies_at, printed
     for option in ("--version", "--help"):
-        programs = ([python.parent / "boxer"], [python, "-m", "boxer"], [python, ROOT / "boxer.py"])
-        texts = {run(*program, option, cwd=folder) for program in programs}
+        entries = ([python.parent / "boxer"], [python, "-m", "boxer"], [python, ROOT / "boxer.py"])
+        texts = {run(*entry, option, cwd=folder) for entry in entries}
         assert len(texts) == 1, texts
     for name in ("typed_use.py", "mistaken_use.py"):
         shutil.copy(TOOLS / name, folder)
