@@ -1,16 +1,48 @@
-"""The client of Boxer, a service that runs untrusted code in gVisor sandboxes over HTTP.
+"""Run untrusted code in the gVisor sandboxes of a Boxer server.
 
+    from pathlib import Path
     from boxer import BoxerClient
 
-    with BoxerClient("http://localhost:8080") as client:
-        result = client.run(image="python:3.12-slim", cmd=["python3", "-c", "print('hello world')"])
-        print(result.stdout, result.exit_code)
+    with BoxerClient("http://localhost:8080") as client:  # without a URL: $BOXER_URL, or else this one
+        result = client.run("python:3.12-slim", ["python3", "-c", "print('hello world')"])
+        print(result.stdout, result.stderr, result.exit_code)
+
+Files and standard input go in with the run, and outputs come back:
+
+        result = client.run(
+            "python:3.12-slim",
+            ["python3", "main.py"],
+            files={"main.py": "print(input())", "data": Path("data")},  # text, bytes, binary files, paths
+            input="hello",
+            outputs=["result.json"],  # what it wrote to /output: result.outputs["result.json"] is bytes
+            limits={"wall_clock_secs": 10},
+        )
+
+Many runs: `client.run_many(requests)` takes any number of RunRequests and yields each with its RunResult or BoxerError.
+
+Two clients have the same methods: BoxerClient blocks, and any number of threads may share one; those of
+AsyncBoxerClient are coroutines.
+
+    run, send, run_many                       run a command; run a RunRequest; run many of them
+    upload_file, upload_path                  put content, or a local file or folder, into the server's store
+    download_file, download_path              get a file from there, as bytes or to disk
+    health, wait_until_ready                  ask whether the server is well
+
+A program that ran is a RunResult, whatever its exit code; `check=True` makes a failure a BoxerExitError. Every fault of
+the network or the server is a BoxerError:
+
+    BoxerValidationError      what was asked for cannot be right; nothing was sent
+    BoxerConnectionError      no complete answer came
+    BoxerAPIError             the server refused; `status_code` says how
+        BoxerTimeoutError         the program's time was up (408), or the client's own (0)
+        BoxerOutputLimitError     the program wrote too much to stdout or stderr
+
+On the command line: `python3 boxer.py --help`, or `boxer --help` where the package `boxer-sdk` is installed.
 
 This file is the whole client. It needs nothing but Python 3.9 or later: copy it next to your code, or install the
-package `boxer-sdk`, which holds this same file. There are two clients with the same methods: `BoxerClient` blocks,
-and any number of threads may share one; `AsyncBoxerClient` is for asyncio.
+package, which holds this same file.
 
-The sections, each of which builds on those above it:
+For those who read on, the sections, each of which builds on those above it:
 
     Limits         every size, count and time that bounds something
     Data           what is asked for and what comes back; the names of the JSON
@@ -22,6 +54,7 @@ The sections, each of which builds on those above it:
     Both clients   what is said over a connection, the pool of connections, and the tries of a call
     Sync client    a connection over a socket, and the handler for a urllib.request opener that drives it
     Async client   a connection over asyncio's StreamReader and StreamWriter
+    Command line   the program `boxer`
 
 How one text serves both clients: every decision is made once, in coroutines. What they await is a connection's few
 verbs (`connect`, `start_tls`, `next_piece`, `drain`, `receive`) and a few of the pool's (`_resolve`, `pause`). In
@@ -54,6 +87,7 @@ import encodings.idna  # noqa: F401 - a name look-up needs it; imported here, si
 import enum
 import errno
 import fnmatch
+import functools
 import html
 import inspect
 import io
@@ -95,7 +129,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union
+from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union, cast
 
 __version__ = "1.0.0"
 
@@ -175,6 +209,8 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_
 _TIMER_STEP = 0.002  # by which a timer may ring early
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
+_PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
+_PROGRESS_PAUSE = 0.1  # between two looks how far it is
 
 # Of tries.
 _RACE_TRIES = 15  # after the server lost an output: one try in three meets that, so one call in 10^7 uses up 15
@@ -882,6 +918,7 @@ class _Sink:
             raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
         self._file = file
         self._was_written = False
+        self.length = math.inf  # of the content in bytes, once that is known
         try:
             self._start = file.tell()
             file.seek(self._start)
@@ -976,6 +1013,11 @@ class _Response:
         self.is_success = 200 <= head.code < 300
         self.content = content
         self._head = head
+
+    @property
+    def length(self) -> float:
+        """The length of the content in bytes; infinite if the head does not say it."""
+        return math.inf if self._head.is_chunked else self._head.length
 
     @property
     def msg(self) -> str:
@@ -1859,6 +1901,7 @@ class _Connection:
         sink, response = self.call.request.sink, decoder.response
         if sink is None or response is None or response.code != 200 or "content-encoding" in response.fields:
             return
+        sink.length = response.length
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
@@ -2279,7 +2322,7 @@ class _Client:
             path, content = item
             if plan is not None:
                 plan.begun.append(path)
-            with _opened(content) as opened:
+            with self._opened(content) as opened:
                 request = _upload_request(path, opened)
                 await self._exchange(request, _check_uploaded, options._replace(cancellation=cancellation))
             if plan is not None:
@@ -2388,6 +2431,8 @@ class _Client:
         self._check_open()
         workers = self._new_workers(attempt, _whole_number("concurrency", concurrency, least=1))
         return _each(workers, requests, is_ordered)
+
+    _opened: Callable[..., Any] = staticmethod(_opened)  # the command line counts what is read
 
     # What each client has in its own way.
 
@@ -3621,3 +3666,372 @@ class AsyncBoxerClient(_Client):
         head = _encoded_head(request.method, pool.prefix + request.target, {**pool.fields, **request.headers})
         response: _Response = await pool.exchange(pool.route, self._context, head, request.body, call)
         return response
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+_TIME_IS_UP, _OURS, _INTERRUPTED = 124, 125, 130  # exit codes that are not the program's, as `docker run` has them
+_FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # a loop of links is a RuntimeError before Python 3.13
+_HINTS = {
+    0: "; --timeout waits longer",
+    408: "; --time-limit gives it more time",
+    507: "; what a program writes to a file in /output can be fetched with -o",
+}
+_ERASE = "\r\x1b[K"  # the line in which a terminal's cursor is
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Do what a command line asks for, by default that of this program, and return the exit code."""
+    try:
+        options = _command_line(arguments)
+        return int(options.function(options))
+    except SystemExit:  # argparse has shown its help
+        return 0
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        return _OURS
+    except _FAILURES as error:
+        _say(f"boxer: {_explained(error)}\n")
+        return _exit_code(error)
+
+
+def _command_line(arguments: Sequence[str] | None) -> Any:
+    """Return the options, and the other arguments as `words`; raise BoxerValidationError for a wrong usage."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if options.version:
+        options.function = _version
+        return options
+    if options.command is None:
+        parser.error("name a command: run, upload, download or health")
+    if options.command == "run":  # nothing behind IMAGE is an option, not even `--`
+        options.words = options.words[options.words[:1] == ["--"] :]
+    else:  # argparse leaves over the words behind an option that follows a word
+        options.words += [word for word in more if word == "-" or not word.startswith("-")]
+        more = [word for word in more if word not in options.words]
+    if more:
+        options.error(f"there is no option {more[0]}")
+    if len(options.words) not in options.counts:
+        options.error("too few arguments" if len(options.words) < options.counts.start else "too many arguments")
+    options.env = _pairs(options, "-e", options.env, "=", "K=V")
+    options.headers = _pairs(options, "--header", options.early_headers + options.headers, ":", "'NAME: VALUE'")
+    return options
+
+
+def _pairs(options: Any, option: str, texts: Iterable[str], separator: str, form: str) -> dict[str, str]:
+    pairs = [text.partition(separator) for text in texts]
+    if not all(name and found for name, found, _ in pairs):
+        options.error(f"{option} takes {form}")  # what was given is not shown: it may be a secret
+    return {name: value for name, _, value in pairs}
+
+
+def _parser() -> Any:
+    import argparse  # here, since it takes time, and few who import this module need it
+
+    class Parser(argparse.ArgumentParser):
+        def print_help(self, _: Any = None) -> None:
+            _write(sys.stdout, self.format_help().encode())
+
+        def error(self, message: str) -> Any:
+            raise BoxerValidationError(f"{message}; see `{self.prog} --help`")
+
+    settings: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser, examples = Parser(prog="boxer", usage="boxer [options] COMMAND ...", **settings), ["examples:"]
+    parser.description = "Run untrusted code in the sandboxes of a Boxer server."
+    parser.add_argument("--version", action="store_true", help="show the version")
+    _add_common_options(parser.add_argument, "early_headers", None)
+    parser.set_defaults(timeout=120.0, retries=2, env=[])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
+    for function, words, counts, add_options, example in _COMMANDS:
+        name, text = function.__name__[1:], function.__doc__ or ""
+        examples.append(f"  boxer {name} {example}")
+        settings.update(usage=f"boxer {name} [options] {words}", epilog=f"example:\n{examples[-1]}", description=text)
+        command = commands.add_parser(name, help=text[0].lower() + text[1:-1], **settings)
+        command.set_defaults(function=function, error=command.error, counts=counts)
+        command.add_argument("words", nargs="..." if name == "run" else "*", help=argparse.SUPPRESS)
+        add_options(command.add_argument)
+        _add_common_options(command.add_argument, "headers", argparse.SUPPRESS)
+    codes = "exit code: that of the program; 124: its time limit; 125: any other error; 130: Ctrl-C"
+    parser.epilog = "\n".join([*examples, "", codes])
+    return parser
+
+
+def _add_common_options(add: Any, headers: str, default: Any) -> None:
+    """Add what may stand before the command and behind it; there, the default is what was said before."""
+    add("--url", default=default, help="of the server; default: $BOXER_URL, or else http://localhost:8080")
+    text = "seconds to wait for an answer, or for content to move; default: 120"
+    add("--timeout", type=float, default=default, metavar="S", help=text)
+    text = "a header field for each request; repeatable"
+    add("--header", action="append", dest=headers, default=[], metavar="'N: V'", help=text)
+    add("--ca", default=default, metavar="FILE", help="for https: certificates to trust in place of the system's")
+    text = "how often to try again what the server did not begin; default: 2"
+    add("--retries", type=int, default=default, metavar="N", help=text)
+    add("-v", action="store_true", dest="is_verbose", default=default, help="say more: a line for each request")
+    add("-q", action="store_true", dest="is_quiet", default=default, help="say nothing but errors")
+
+
+def _add_run_options(add: Any) -> None:
+    add("-e", action="append", dest="env", default=[], metavar="K=V", help="an environment variable; repeatable")
+    text = "a file or folder for the run's own folder, where it starts; `-f .` is what is in that folder; repeatable"
+    add("-f", action="append", dest="files", default=[], metavar="LOCAL[:NAME]", help=text)
+    _add_exclude(add)
+    add("-o", dest="output_dir", metavar="DIR", help="a local folder for all that the program writes to /output")
+    add("-i", action="store_true", dest="has_input", help="give standard input to the program")
+    add("-w", dest="cwd", metavar="DIR", help="the working directory")
+    add("--time-limit", type=int, dest="wall_clock_secs", metavar="S", help="seconds; past it, the exit code is 124")
+    add("--memory", type=int, dest="memory_mb", metavar="MB", help="MiB of memory")
+    add("--cpus", type=float, dest="cpu_cores", metavar="N", help="processors; may be a fraction")
+    add("--pids", type=int, dest="pids_limit", metavar="N", help="processes and threads")
+    add("--nofile", type=int, metavar="N", help="open files")
+    add("--network", metavar="NAME", help="none (the default), sandbox or host")
+    add("--json", action="store_true", help="print one JSON object, for an error too")
+
+
+def _add_exclude(add: Any) -> None:
+    text = "leave out what has this name, or this path in a folder; repeatable"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+
+
+def _version(_: Any) -> int:
+    _write(sys.stdout, f"boxer {__version__}\n".encode())
+    return 0
+
+
+def _run(options: Any) -> int:
+    """Run a command in a new sandbox: its output and exit code become this program's own."""
+    result, error = None, None
+    try:
+        result = _result(options)
+    except (*_FAILURES, KeyboardInterrupt) as caught:
+        result, error = getattr(caught, "result", None), caught
+    members: dict[str, Any] = {name: getattr(result, name) for name in _RESULT_TYPES} if result else {}
+    if options.json and error is not None:
+        status_code = getattr(error, "status_code", None)
+        members["error"] = {"type": type(error).__name__, "message": _explained(error), "status_code": status_code}
+    streams = [(sys.stdout, members.get("stdout", "")), (sys.stderr, members.get("stderr", ""))]
+    for stream, text in [(sys.stdout, json.dumps(members) + "\n")] if options.json else streams:
+        with contextlib.suppress(BrokenPipeError):  # the program has run, and its exit code is what counts
+            _write(stream, text.encode("utf-8", "replace"))
+    if error is None:
+        return members["exit_code"] if 0 <= members["exit_code"] <= 255 else 255
+    if options.json:
+        return _exit_code(error)
+    raise error
+
+
+def _result(options: Any) -> RunResult:
+    with _client(options) as (client, progress):
+        files = _named_files(options)
+        if options.output_dir is not None:
+            Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        given = {name: getattr(options, name) for name in ("env", "cwd", "network", "output_dir")}
+        given["limits"] = {name: getattr(options, name) for name in ResourceLimits.__dataclass_fields__}
+        if options.has_input and sys.stdin is None:
+            raise BoxerValidationError("there is no standard input for -i")
+        given["input"] = sys.stdin.buffer.read() if options.has_input else None
+        sizes = [file.stat().st_size for file in files.values()]
+        with progress.shown("running", lambda: sum(sizes)):
+            return client.run(options.words[0], options.words[1:], files=files, **given)
+
+
+def _named_files(options: Any) -> dict[str, Path]:
+    """Return the files that each LOCAL[:NAME] stands for, by their names in the run's own folder."""
+    files: dict[str, Path] = {}
+    for argument in options.files:
+        local, colon, name = argument.rpartition(":")
+        if not colon or os.path.lexists(argument):  # a colon may be part of a name, or follow a drive's letter
+            local, name = argument, Path(argument).name
+            name = "." if name in ("", "..") else name
+        for path, file in _local_files(local, "content" if name == "." else name, options.exclude):
+            key = path if name != "." else path.partition("/")[2] or Path(local).name
+            if key in files:
+                raise BoxerValidationError(f"-f gives two files the name {key!r}; rename one, as LOCAL:NAME")
+            files[key] = cast("Path", file)
+    return files
+
+
+def _upload(options: Any) -> int:
+    """Upload a file or folder into the server's store, and print the remote paths."""
+    local, remote = [*options.words, None][:2]
+    with _client(options) as (client, progress):
+        files = _local_files(local, remote, options.exclude)
+        sizes = [cast("Path", file).stat().st_size for _, file in files]
+        with progress.shown("uploading", lambda: sum(sizes)):
+            paths = _run_to_completion(client._upload_all(files, _Options()))  # noqa: SLF001 - its own
+    _write(sys.stdout, "".join(f"{path}\n" for path in paths).encode())
+    return 0
+
+
+def _download(options: Any) -> int:
+    """Download a file from the server's store; LOCAL may be a folder, or - for standard output."""
+    remote, local = [*options.words, "."][:2]
+    with _client(options) as (client, progress):
+        if local == "-":
+            progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
+            return _fetch(client, progress, remote, _StandardOutput())
+        target = _target_path(_path("REMOTE", remote), local)
+        is_device = target.exists() and not target.is_file()  # or a pipe: it must not become a file
+        try:
+            with target.open("wb", buffering=0) if is_device else _written_whole(target) as file:
+                return _fetch(client, progress, remote, file)
+        except OSError as error:
+            if not isinstance(error, BoxerError):
+                error.filename = str(target)  # in place of a temporary file's
+            raise
+
+
+def _fetch(client: BoxerClient, progress: _Progress, remote: str, file: Any) -> int:
+    sink = _Sink(file)
+    progress.positions[file] = file.tell
+    with progress.shown("downloading", lambda: sink.length):
+        request = _download_request(remote, sink)
+        _run_to_completion(client._exchange(request, _file_content, _Options()))  # noqa: SLF001 - its own
+    return 0
+
+
+def _health(options: Any) -> int:
+    """Ask whether the server is well, or wait until it is."""
+    with _client(options) as (client, progress):
+        if options.wait is None:
+            _run_to_completion(client._exchange(_HEALTH_REQUEST, _checked, _Options(retries=0)))  # noqa: SLF001
+        else:
+            with progress.shown("waiting", lambda: 0.0):
+                client.wait_until_ready(options.wait)
+    _write(sys.stdout, b"ok\n")
+    return 0
+
+
+def _add_wait(add: Any) -> None:
+    add("--wait", type=float, metavar="S", help="wait up to S seconds until it is")
+
+
+# Of each command: its function, arguments and their number, options, and an example.
+_COMMANDS: Any = [
+    (_run, "IMAGE COMMAND [ARG ...]", range(2, sys.maxsize), _add_run_options, "-f . python:3.12-slim python3 main.py"),
+    (_upload, "LOCAL [REMOTE]", range(1, 3), _add_exclude, "src lib/src --exclude .git --exclude '*.pyc'"),
+    (_download, "REMOTE [LOCAL]", range(1, 3), lambda _: None, "output/ID/result.json"),
+    (_health, "", range(1), _add_wait, "--wait 60"),
+]
+
+
+@contextlib.contextmanager
+def _client(options: Any) -> Iterator[tuple[BoxerClient, _Progress]]:
+    """Give a client with the settings of a command line; what it logs goes to standard error meanwhile."""
+    try:
+        context = ssl.create_default_context(cafile=options.ca) if options.ca else None
+    except OSError as error:
+        raise BoxerValidationError(f"--ca {options.ca}: {error.strerror}") from error
+    settings = {"headers": options.headers, "retries": options.retries, "ssl_context": context}
+    progress, level = _Progress(), _LOG.level
+    progress.is_shown = getattr(sys.stderr, "isatty", bool)() and not options.is_quiet
+    _LOG.addHandler(progress)
+    _LOG.setLevel(logging.DEBUG if options.is_verbose else logging.ERROR if options.is_quiet else logging.WARNING)
+    try:
+        with BoxerClient(options.url, options.timeout, **settings) as client:
+            if progress.is_shown:
+                client._opened = progress.opened  # noqa: SLF001 - its own
+            yield client, progress
+    finally:
+        _LOG.removeHandler(progress)
+        _LOG.setLevel(level)
+
+
+class _Progress(logging.Handler):
+    """Says what the log says and, on a terminal, how far long work is: content that has moved, its rate, the time."""
+
+    is_shown = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: dict[Any, Callable[[], int]] = {}  # how much of each file has moved
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"{_ERASE if self.is_shown else ''}boxer: {record.getMessage()}\n")
+
+    @contextlib.contextmanager
+    def opened(self, content: Any) -> Iterator[Any]:
+        """Open what is to be uploaded, and follow how far it is read."""
+        with _opened(content) as opened:
+            file, key = io.BytesIO(opened) if isinstance(opened, bytes) else opened, object()
+            self.positions[key] = file.tell
+            yield file
+            self.positions[key] = functools.partial(int, file.tell())
+
+    @contextlib.contextmanager
+    def shown(self, work: str, total: Callable[[], float]) -> Iterator[None]:
+        """Show how far some work is while it goes on, once it has taken a moment."""
+        is_over = threading.Event()
+        thread = threading.Thread(target=self._show, args=(work, total, is_over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _show(self, work: str, total: Callable[[], float], is_over: threading.Event) -> None:
+        begin, line = time.monotonic(), ""
+        while self.is_shown and not is_over.wait(_PROGRESS_PAUSE if line else _PROGRESS_DELAY):
+            seconds = time.monotonic() - begin
+            with contextlib.suppress(OSError, ValueError):  # a file has just been closed, or has no position
+                done = sum(position() for position in list(self.positions.values())) / 2**20
+                of = total() / 2**20
+                moved = f"{done:.1f}{f' of {of:.1f}' if of < math.inf else ''} MiB, {done / seconds:.1f} MiB/s, "
+                line = f"{_ERASE}{work}: {moved if done != of else ''}{seconds:.0f} s"
+                _say(line)
+        _say(line and _ERASE)
+
+
+class _StandardOutput:
+    """Standard output as a file that cannot be rewound: one that is appended to would be cut."""
+
+    _size = 0
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, content: bytes) -> int:
+        _write(sys.stdout, content)
+        self._size += len(content)
+        return len(content)
+
+
+def _write(stream: Any, content: bytes) -> None:
+    """Write to a standard stream past its buffer, whose rest Python would try to write once more as it exits."""
+    if stream is None:  # it was closed when this program began
+        return
+    stream.flush()
+    raw, left = getattr(stream.buffer, "raw", stream.buffer), memoryview(content)
+    try:
+        while left:
+            left = left[raw.write(left) or 0 :]
+    except OSError as error:
+        error.filename = "standard output" if stream is sys.stdout else "standard error"
+        raise
+
+
+def _say(text: str) -> None:
+    """Write to standard error; where that fails, there is nobody to be told."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, text.encode(getattr(sys.stderr, "encoding", "utf-8"), "backslashreplace"))
+
+
+def _explained(error: BaseException) -> str:
+    """Return what an error says, and what can be done about it, as one line."""
+    text = str(error).replace("base_url", "--url") or "interrupted"
+    if isinstance(error, BoxerConnectionError) and not error.request_sent:
+        text += "; is a server there? --url or BOXER_URL says where"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror or text}"
+    return " ".join(_printable(text + _HINTS.get(getattr(error, "status_code", -1), "")).split())
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED
+    return _TIME_IS_UP if isinstance(error, BoxerTimeoutError) and error.status_code == 408 else _OURS
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -32,6 +32,7 @@ import http
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import os
 import posixpath
@@ -215,16 +216,22 @@ class Sandbox:
             return bool(children)
         return False
 
-    def works(self) -> bool:
-        """Run a program as a real run would, and see whether its output comes back."""
+    @functools.cached_property
+    def problem(self) -> str:
+        """Run a program as a real run would; say why its output does not come back, or nothing if it does."""
         with _scratch() as folder:
             write = "open('/output/probe', 'w').write('kept'); print('printed')"
             job = Job(["python3", "-c", write], [], f"{folder}/job")
             try:
                 outcome = execute(self, job, seconds=30, limit=MIB)
-            except (OSError, ValueError):
-                return False
-            return outcome.stdout == b"printed\n" and os.path.exists(f"{job.output}/probe")
+            except FileNotFoundError as error:
+                return f"{error.filename} is not installed"
+            except (OSError, ValueError) as error:
+                return str(error)
+            if outcome.stdout == b"printed\n" and os.path.exists(f"{job.output}/probe"):
+                return ""
+            said = outcome.stderr.decode("utf-8", "replace").strip() or f"{outcome.ending}, {outcome.exit_code}"
+            return said.splitlines()[-1]
 
 
 class GVisor(Sandbox):
@@ -244,7 +251,7 @@ class GVisor(Sandbox):
 
     def _killed_inside(self, job: Job, _pid: int) -> bool:
         ask = [*self._runsc(job), "kill", job.exec_id, "KILL"]
-        return subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+        return subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, env=search_path()).returncode == 0
 
     def _runsc(self, job: Job) -> list[str]:
         flags = ["--platform=ptrace", "--ignore-cgroups", "--network=none"]
@@ -393,12 +400,32 @@ class NoSandbox(Sandbox):
         raise OSError("no sandbox on this machine")
 
 
+def search_path() -> dict[str, str]:
+    """Return an environment that finds programs in the folders of servers, which a plain user's PATH often lacks."""
+    return {**os.environ, "PATH": ":".join(filter(None, [os.environ.get("PATH"), DEFAULT_PATH]))}
+
+
+@functools.cache
+def wanted_sandboxes() -> tuple[Sandbox, ...]:
+    """Return all sandboxes, the best first, or the one that BOXER_SANDBOX names."""
+    wanted = os.environ.get("BOXER_SANDBOX", "").lower()
+    boxes = GVisor(), Bubblewrap(), Namespaces()
+    names = [box.name for box in boxes]
+    if wanted not in ("", "none", *map(str.lower, names)):
+        raise ValueError(f"BOXER_SANDBOX is {wanted!r}; it can be {', '.join(names)} or none")
+    return tuple(box for box in boxes if wanted in ("", box.name.lower()) and sys.platform == "linux")
+
+
 @functools.cache
 def find_sandbox() -> Sandbox | None:
-    """Return the best sandbox that works here, or the one BOXER_SANDBOX names if it does; else None."""
-    wanted = os.environ.get("BOXER_SANDBOX", "").lower()
-    boxes: list[Sandbox] = [GVisor(), Bubblewrap(), Namespaces()] if sys.platform == "linux" else []
-    return next((box for box in boxes if wanted in ("", box.name.lower()) and box.works()), None)
+    """Return the best of the wanted sandboxes that works here, or None."""
+    return next((box for box in wanted_sandboxes() if not box.problem), None)
+
+
+def passed_over() -> list[str]:
+    """Say of each sandbox that would have been better than the one that was found why it does not work."""
+    boxes = itertools.takewhile(lambda box: box.problem, wanted_sandboxes())
+    return [f"{box.name} does not work here: {box.problem}" for box in boxes]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -424,9 +451,9 @@ def execute(sandbox: Sandbox, job: Job, seconds: float, limit: int, client: sock
     if reason:
         return Outcome("ended", 128, b"", f"running container: {reason}\n".encode("utf-8", "replace"), 0)
     # Standard input is a pipe, too: gVisor gives what it gets there to nobody, and would so with /dev/null.
-    pipe = subprocess.PIPE
+    pipe, env = subprocess.PIPE, search_path()
     with subprocess.Popen(
-        sandbox.command(job), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+        sandbox.command(job), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True, env=env
     ) as process:
         assert process.stdin
         process.stdin.close()
@@ -1331,7 +1358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
     commands.add_parser("demo", help="start a server and walk through the client")
     options = parser.parse_args(arguments)
-    return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
+    try:
+        for line in passed_over():
+            print(line, file=sys.stderr, flush=True)
+        return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
+    except (OSError, ValueError) as error:  # BOXER_SANDBOX names none, or the port is taken
+        parser.exit(2, f"{error}\n")
 
 
 def serve(port: int, *, unsafe: bool) -> int:
@@ -1496,7 +1528,6 @@ import hashlib
 import http.client
 import importlib
 import inspect
-import itertools
 import logging
 import math
 import mmap
@@ -1550,6 +1581,7 @@ REAL_URL = os.environ.get("BOXER_URL", "")
 SANDBOX = None if REAL_URL else find_sandbox()
 WHERE = REAL_URL or (SANDBOX.name if SANDBOX else "no sandbox")
 in_a_sandbox = pytest.mark.skipif(WHERE == "no sandbox", reason="no sandbox works on this machine")
+with_programs = pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
 in_gvisor = pytest.mark.skipif(WHERE not in ("gVisor", REAL_URL), reason="this machine's sandbox is not gVisor")
 of_the_stand_in = pytest.mark.skipif(bool(REAL_URL), reason="BOXER_URL names a real server")
 
@@ -1684,8 +1716,8 @@ def names(server: Any) -> dict[str, str]:
 
 
 def found(program: str) -> str | None:
-    """Return where a program is; a plain user's PATH often lacks the folders of servers."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{DEFAULT_PATH}")
+    """Return where a program is."""
+    return shutil.which(program, path=search_path()["PATH"])
 
 
 # Both clients, as plain calls
@@ -10118,6 +10150,664 @@ def test_a_cancelled_call_closes_its_connection_on_another_loop(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line: `boxer`, `python -m boxer` and `python boxer.py`
+#
+# Most tests call `main` in this process. Where a terminal, a signal or a broken stream matters, the program is started.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """What a program has said, and its exit code."""
+
+    code: int
+    stdout: bytes
+    stderr: str
+
+
+@pytest.fixture
+def call_main(capsysbinary: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Said]:
+    """Call `main` with a command line, in an empty folder and without any standard input unless it is given."""
+    monkeypatch.delenv("BOXER_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, stdin: bytes | None = None) -> Said:
+        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
+        code = boxer.main(arguments)
+        stdout, stderr = capsysbinary.readouterr()
+        return Said(code, stdout, stderr.decode())
+
+    return call
+
+
+def command_line(*arguments: str, module: bool = False) -> list[str]:
+    """Give the command line that starts the program."""
+    return [sys.executable, "-W", "error", *(["-m", "boxer"] if module else [boxer.__file__]), *arguments]
+
+
+def start(*arguments: str, **settings: Any) -> Said:
+    """Start the program, and wait for its end; what it says goes where the settings say, or is returned."""
+    done = subprocess.run(
+        command_line(*arguments), **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
+    )
+    return Said(done.returncode, done.stdout or b"", (done.stderr or b"").decode())
+
+
+def respond_well(request: Received) -> list[bytes]:
+    return [{"POST /run": RAN, "POST /files": STORED, "GET /healthz": WELL}.get(request.line[:-9], answer(b"content"))]
+
+
+def uploaded(host: Host) -> list[str]:
+    """Return the remote paths of what was uploaded, sorted, without the random folder of a run."""
+    paths = [re.search(rb'name="path"\r\n\r\n(.*)\r\n--', request.body) for request in host.seen]
+    return sorted(re.sub("^boxer-[0-9a-f]{32}/", "", path[1].decode()) for path in paths if path)
+
+
+# What a run is asked to do, and what becomes of what it said
+
+
+def test_a_run_says_what_the_program_said_and_ends_with_its_exit_code(call_main: Any) -> None:
+    stdout, stderr = "é\r\n\0\x1b[1m no newline", "\ufffdé\n"
+    with Peer.answering(answer({**RUN, "stdout": stdout, "stderr": stderr, "exit_code": 3})) as peer:
+        said = call_main("run", "--url", peer.url, "image", "echo", "-n")
+    assert said == (3, stdout.encode(), stderr)
+    assert peer.request.json == {"image": "image", "cmd": ["echo", "-n"]}
+
+
+@pytest.mark.parametrize(("given", "code"), [(0, 0), (1, 1), (255, 255), (256, 255), (-1, 255)])
+def test_no_exit_code_but_0_becomes_0(call_main: Any, given: int, code: int) -> None:
+    with Peer.answering(answer({**RUN, "exit_code": given})) as peer:
+        assert call_main("run", "--url", peer.url, "image", "x").code == code
+
+
+# Each row: options of a run, and the members of its request that they come to.
+RUN_OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
+    (["-e", "A=1", "-eB=x=y", "-e", "C=", "-e", "A=2"], {"env": ["A=2", "B=x=y", "C="]}),
+    (["-w", "/w"], {"cwd": "/w"}),
+    (
+        ["--time-limit", "5", "--memory=64", "--cpus", "0.5", "--pids", "9", "--nofile", "33"],
+        {"limits": {**LIMITS, "memory_mb": 64, "pids_limit": 9, "nofile": 33}},
+    ),
+    (["--network", "sandbox"], {"network": "sandbox"}),
+    (["--"], {}),
+    (["-q", "--"], {}),
+]
+
+
+@pytest.mark.parametrize(("options", "members"), RUN_OPTIONS)
+def test_an_option_of_a_run_becomes_a_part_of_its_request(call_main: Any, options: Any, members: Any) -> None:
+    with Peer.answering(RAN) as peer:
+        assert call_main("--url", peer.url, "run", *options, "image", "x") == (0, b"hi\n", "")
+    assert peer.request.json == {"image": "image", "cmd": ["x"], **members}
+
+
+@pytest.mark.parametrize("words", ["x -i -e A --json -h", "-- x --", "-o --bogus", "--version", "- -1 -e=", "run -f ."])
+def test_whatever_stands_behind_the_image_is_the_program_s(call_main: Any, words: str) -> None:
+    with Peer.answering(RAN) as peer:
+        assert call_main("run", "--url", peer.url, "-q", "image", *words.split()) == (0, b"hi\n", "")
+    assert peer.request.json == {"image": "image", "cmd": words.split()}
+
+
+def test_options_for_all_commands_stand_before_the_command_or_behind_it(call_main: Any, setenv: Any) -> None:
+    with Host(respond_well) as host:
+        setenv("BOXER_URL", host.url)
+        fields = "--header", "X-A: 1", "--header", "X-B:2:3"
+        for line in (["--url", "http://nowhere.test", *fields, "health", "--url", host.url, "--header", "X-C: 3"],):
+            assert call_main(*line) == (0, b"ok\n", "")
+        assert call_main("--timeout", "5", "health", *fields, "--retries", "0") == (0, b"ok\n", "")
+    one, other = ({name: value for name, value in seen.fields.items() if name[:2] == "x-"} for seen in host.seen)
+    assert (one, other) == ({"x-a": "1", "x-b": "2:3", "x-c": "3"}, {"x-a": "1", "x-b": "2:3"})
+
+
+WRONG_USAGES = [
+    ("", "name a command: run, upload, download or health; see `boxer --help`"),
+    ("rum x", "invalid choice: 'rum'"),
+    ("run", "too few arguments; see `boxer run --help`"),
+    ("run image", "too few arguments; see `boxer run --help`"),
+    ("run --bogus image x", "there is no option --bogus; see `boxer run --help`"),
+    ("run --time 5 image x", "there is no option --time; see `boxer run --help`"),
+    ("run --memory 1.5 image x", "argument --memory: invalid int value: '1.5'; see `boxer run --help`"),
+    ("run -e SECRET image x", "-e takes K=V; see `boxer run --help`"),
+    ("run -e =SECRET image x", "-e takes K=V; see `boxer run --help`"),
+    ("--header SECRET health", "--header takes 'NAME: VALUE'; see `boxer health --help`"),
+    ("upload", "too few arguments; see `boxer upload --help`"),
+    ("upload a b c", "too many arguments; see `boxer upload --help`"),
+    ("upload a --excl b", "there is no option --excl; see `boxer upload --help`"),
+    ("download a --json b", "there is no option --json; see `boxer download --help`"),
+    ("health now", "too many arguments; see `boxer health --help`"),
+    ("health --wait soon", "argument --wait: invalid float value: 'soon'; see `boxer health --help`"),
+    ("health --timeout 0", "timeout must be a number of seconds above 0"),
+    ("--url localhost:8080 health", "--url is not a URL with a host, such as http://localhost:8080"),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), WRONG_USAGES)
+def test_a_wrong_usage_is_one_line_and_125(call_main: Any, line: str, text: str) -> None:
+    code, stdout, stderr = call_main(*line.split())
+    assert (code, stdout, stderr.count("\n")) == (125, b"", 1)
+    assert stderr.startswith("boxer: ") and text in stderr and "SECRET" not in stderr
+
+
+# Each row: what the server says to a run, the exit code, and what the line says.
+RUN_FAILURES: list[tuple[bytes, int, str]] = [
+    (
+        failing("408 Request Timeout", "execution timed out"),
+        124,
+        "execution timed out; --time-limit gives it more time",
+    ),
+    (failing("507 Insufficient Storage", "output limit exceeded"), 125, "output limit exceeded; what a program writes"),
+    (failing("400 Bad Request", "no\x1b[2J\nsuch"), 125, "no such\n"),
+    (answer(b"<h1>Hello</h1>", "200 OK"), 125, "look at the URL"),
+]
+
+
+@pytest.mark.parametrize(("said", "code", "text"), RUN_FAILURES)
+@pytest.mark.parametrize("is_json", [False, True], ids=["a line", "JSON"])
+def test_an_error_of_a_run_is_one_line_or_one_object(
+    call_main: Any, said: bytes, code: int, text: str, is_json: bool
+) -> None:
+    with Host(lambda _: [said]) as host:
+        got = call_main("run", "--url", host.url, *["--json"] * is_json, "image", "x")
+    assert got.code == code
+    if is_json:
+        error = json.loads(got.stdout)["error"]
+        assert (sorted(error), got.stderr) == (["message", "status_code", "type"], "")
+        assert text.strip() in error["message"] and error["status_code"] in (200, 400, 408, 507)
+    else:
+        assert got.stdout == b"" and re.fullmatch(rf"boxer: .*{re.escape(text)}.*\n?", got.stderr)
+
+
+def test_a_server_that_cannot_be_reached_is_one_line_that_says_what_to_do(call_main: Any, clock: Clock) -> None:
+    url = refused_url()
+    code, stdout, stderr = call_main("run", "--url", url, "-q", "image", "x")
+    assert (code, stdout, stderr.count("\n")) == (125, b"", 1)
+    assert f"{url}/run" in stderr and stderr.endswith("; is a server there? --url or BOXER_URL says where\n")
+
+
+def test_a_deadline_of_our_own_is_125_and_says_what_to_do(call_main: Any) -> None:
+    with Peer([[Do.REQUEST]]) as peer:
+        code, _, stderr = call_main("run", "--timeout", "0.05", "--url", peer.url, "image", "x")
+    assert code == 125 and stderr.endswith("; --timeout waits longer\n")
+
+
+def test_json_is_one_object_with_the_result(call_main: Any) -> None:
+    with Peer.answering(answer({**RUN, "stdout": "é\n", "exit_code": 7})) as peer:
+        code, stdout, stderr = call_main("run", "--json", "--url", peer.url, "image", "x")
+    assert (code, stderr) == (7, "") and stdout.isascii() and stdout.count(b"\n") == 1
+    assert json.loads(stdout) == {**RUN, "stdout": "é\n", "exit_code": 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [("--url nowhere", "BoxerValidationError"), ("-f absent", "FileNotFoundError"), ("-i", "BoxerValidationError")],
+)
+def test_json_is_one_object_even_if_nothing_was_sent(call_main: Any, options: str, kind: str) -> None:
+    code, stdout, stderr = call_main("run", "--json", *options.split(), "image", "x")
+    assert (code, stderr, json.loads(stdout)["error"]["type"]) == (125, "", kind)
+
+
+# Files, outputs and input of a run
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("-f proj/a.txt", ["a.txt"]),
+        ("-f proj/a.txt:b/c.txt", ["b/c.txt"]),
+        ("-f proj/a.txt:.", ["a.txt"]),
+        ("-f proj/a", ["a/b/deep.txt", "a/x.txt"]),
+        ("-f proj/a/", ["a/b/deep.txt", "a/x.txt"]),
+        ("-f proj/a:lib", ["lib/b/deep.txt", "lib/x.txt"]),
+        ("-f proj/a:.", ["b/deep.txt", "x.txt"]),
+        ("-f proj/a:. -f proj/a.txt", ["a.txt", "b/deep.txt", "x.txt"]),
+        ("-f with:colon", ["with:colon"]),
+        ("-f with:colon:without", ["without"]),
+        ("-f proj --exclude b --exclude *.txt", []),
+        ("-f proj/a --exclude b/*.txt -f proj/a:.", ["a/x.txt", "x.txt"]),
+    ],
+)
+def test_files_go_into_the_run_s_own_folder(
+    call_main: Any, folder: Path, tmp_path: Path, options: str, names: list[str]
+) -> None:
+    (tmp_path / "with:colon").write_text("content")
+    with Host(respond_well) as host:
+        assert call_main("run", "--url", host.url, *options.split(), "image", "x") == (0, b"hi\n", "")
+    assert uploaded(host) == names
+    asked = next(request.json for request in host.seen if "/run" in request.line)
+    assert re.fullmatch("/boxer-[0-9a-f]{32}" if names else "", asked.get("cwd", ""))
+
+
+@pytest.mark.parametrize("here", [".", ".."])
+def test_dot_stands_for_what_is_in_a_folder(call_main: Any, folder: Path, monkeypatch: Any, here: str) -> None:
+    monkeypatch.chdir(folder / "a" if here == ".." else folder)
+    with Host(respond_well) as host:
+        assert call_main("run", "--url", host.url, "-f", here, "image", "x").code == 0
+    assert uploaded(host) == ["a-b.txt", "a.txt", "a/b/deep.txt", "a/x.txt", "é 1%.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("-f absent", "absent: No such file or directory"),
+        ("-f absent:here", "absent: No such file or directory"),
+        ("-f loop", "loop"),
+        ("-f proj/a.txt -f proj/b.txt:a.txt", "-f gives two files the name 'a.txt'; rename one, as LOCAL:NAME"),
+        ("-f proj/a.txt:../b", "'../b'"),
+        ("-o proj/a.txt", "proj/a.txt: File exists"),
+        ("--memory -1", "memory_mb must be a whole number"),
+        ("-i", "there is no standard input for -i"),
+        ("--ca absent", "--ca absent: No such file or directory"),
+        ("--ca proj/a.txt", "--ca proj/a.txt: "),
+    ],
+)
+def test_what_cannot_be_sent_is_one_line_and_nothing_is_sent(
+    call_main: Any, tmp_path: Path, options: str, text: str
+) -> None:
+    (tmp_path / "proj").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "proj" / name).write_text("content")
+    (tmp_path / "loop").symlink_to("loop")
+    with Peer([]) as peer:
+        code, stdout, stderr = call_main("run", "--url", peer.url, *options.split(), "image", "x")
+    assert (code, stdout, stderr.count("\n")) == (125, b"", 1) and text in stderr
+
+
+def output_list(names: bytes, files: Mapping[str, bytes] | None = None) -> Callable[[Received], list[bytes]]:
+    """Respond to runs, to the request for the list of outputs, and to those for the outputs themselves."""
+
+    def respond(request: Received) -> list[bytes]:
+        if "-list" in request.line:
+            return [answer(names)]
+        name = request.line.split()[1].rpartition("boxer-1/")[2]
+        return [answer((files or {})[name])] if "GET" in request.line else [RAN]
+
+    return respond
+
+
+def test_outputs_go_into_a_folder_and_what_is_left_out_is_a_line(call_main: Any, tmp_path: Path) -> None:
+    with Host(output_list(b"./a.txt\0./b/c.txt\0./../evil\0", {"a.txt": b"A", "b/c.txt": b"C"})) as host:
+        code, stdout, stderr = call_main("run", "--url", host.url, "-o", "new/out", "image", "x")
+    assert (code, stdout) == (0, b"hi\n")
+    assert re.fullmatch(r"boxer: .* left out.*\n", stderr) and "'../evil'" in stderr
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        *("new/out/a.txt", "new/out/b/c.txt")
+    ]
+
+
+def test_the_folder_of_outputs_is_made_even_if_there_are_none(call_main: Any, tmp_path: Path) -> None:
+    with Host(output_list(b"")) as host:
+        assert call_main("run", "--url", host.url, "-o", "new/out", "image", "x") == (0, b"hi\n", "")
+    assert (tmp_path / "new" / "out").is_dir()
+
+
+@pytest.mark.parametrize("is_json", [False, True], ids=["text", "JSON"])
+def test_what_the_program_said_is_not_lost_with_its_outputs(call_main: Any, tmp_path: Path, is_json: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b").symlink_to(tmp_path)
+    with Host(output_list(b"./b/c.txt\0", {"b/c.txt": b"C"})) as host:
+        got = call_main("run", "--url", host.url, *["--json"] * is_json, "-o", "out", "image", "x")
+    assert got.code == 125 and not (tmp_path / "c.txt").exists()
+    if is_json:
+        object_ = json.loads(got.stdout)
+        assert "is a link" in object_.pop("error")["message"] and object_ == RUN
+    else:
+        assert got.stdout == b"hi\n" and re.fullmatch(r"boxer: .*is a link.*\n", got.stderr)
+
+
+def test_standard_input_is_given_to_the_program(call_main: Any) -> None:
+    with Peer.answering(RAN) as peer:
+        assert call_main("run", "--url", peer.url, "-i", "image", "x", stdin=b"1 2\r\n3").code == 0
+    assert "1 2\r\n3" in peer.request.json["cmd"]
+
+
+def test_standard_input_is_not_read_unless_asked_for(call_main: Any) -> None:
+    with Peer.answering(RAN) as peer:
+        assert call_main("run", "--url", peer.url, "image", "x", stdin=b"content").code == 0
+    assert sys.stdin.read() == "content"
+
+
+# The other commands
+
+
+def test_upload_prints_the_remote_paths(call_main: Any, folder: Path) -> None:
+    with Host(respond_well) as host:
+        said = call_main("upload", "proj", "--exclude", "a.txt", "lib", "--url", host.url, "--exclude", "deep.*")
+        assert said == (0, "lib/a/x.txt\nlib/a-b.txt\nlib/é 1%.txt\n".encode(), "")
+        assert call_main("upload", "--url", host.url, "proj/a.txt") == (0, b"a.txt\n", "")
+        assert call_main("upload", "--url", host.url, "--", "proj/a/x.txt") == (0, b"x.txt\n", "")
+    assert uploaded(host) == sorted(["lib/a/x.txt", "lib/a-b.txt", "lib/é 1%.txt", "a.txt", "x.txt"])
+
+
+@pytest.mark.parametrize(
+    ("words", "place"), [("", "c.txt"), ("d.txt", "d.txt"), ("folder", "folder/c.txt"), ("folder/x", "folder/x")]
+)
+def test_a_download_goes_where_it_is_told_to(call_main: Any, tmp_path: Path, words: str, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with Peer.answering(answer(b"content")) as peer:
+        assert call_main("download", "b/c.txt", "--url", peer.url, *words.split()) == (0, b"", "")
+    assert (tmp_path / place).read_bytes() == b"content"
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 1
+
+
+def test_a_download_goes_to_standard_output(call_main: Any) -> None:
+    content = bytes(range(256)) * 4096 * 3
+    with Peer.answering(answer(content)) as peer:
+        assert call_main("download", "b/c.txt", "-", "--url", peer.url) == (0, content, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_download_into_a_device_or_a_pipe_leaves_it_what_it_is(call_main: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # so that opening it does not wait
+    with Peer.answering(answer(b"content")) as peer:
+        assert call_main("download", "a", "pipe", "--url", peer.url) == (0, b"", "")
+    assert os.read(pipe, 100) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(pipe)
+
+
+def test_a_download_that_fails_is_one_line_that_names_the_file(call_main: Any) -> None:
+    with Peer.answering(failing("404 Not Found", "file not found")) as peer:
+        code, stdout, stderr = call_main("download", "b/c.txt", "--url", peer.url)
+    assert (code, stdout, stderr) == (125, b"", "boxer: file not found (file 'b/c.txt')\n")
+    with Peer([]) as peer:
+        assert call_main("download", "b", "no/where", "--url", peer.url)[1:] == (
+            *(b"", "boxer: no/where: No such file or directory\n"),
+        )
+
+
+def test_health_says_ok_or_the_server_s_reason(call_main: Any, clock: Clock) -> None:
+    unwell = failing("503 Service Unavailable", "starting")
+    with Peer.answering(unwell, WELL_AND_BYE) as peer:
+        assert call_main("health", "--url", peer.url, "--wait", "60") == (0, b"ok\n", "")
+    with Peer.answering(unwell) as peer:
+        assert call_main("health", "--url", peer.url) == (125, b"", "boxer: starting\n")
+    with Host(lambda _: [unwell]) as host:
+        code, _, stderr = call_main("health", "--url", host.url, "--wait", "5")
+    assert code == 125 and "the server was not ready in time: starting" in stderr
+
+
+def test_another_try_is_a_line_unless_it_is_to_be_quiet(call_main: Any, clock: Clock) -> None:
+    logger, busy = logging.getLogger("boxer"), failing("503 Service Unavailable", "busy")
+    before = logger.level, list(logger.handlers)
+    for options, lines in (([], 1), (["-q"], 0), (["-v"], 3), (["--retries", "0"], 1)):
+        answers = [busy] if "0" in options else [busy, RAN]
+        with Peer.answering(*answers) as peer:
+            stderr = call_main("run", *options, "--url", peer.url, "image", "x").stderr
+        assert len(stderr.splitlines()) == lines and stderr.startswith("boxer: " * bool(lines))
+        assert ("trying again" in stderr) == (lines != 0 and "0" not in options)
+    assert (logger.level, logger.handlers) == before
+
+
+def test_a_certificate_of_one_s_own_is_trusted(call_main: Any, ca: trustme.CA, tmp_path: Path) -> None:
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with Peer.answering(WELL, context=serving(ca)) as peer:
+        assert call_main("health", "--url", peer.url, "--ca", "ca.pem") == (0, b"ok\n", "")
+
+
+# Help
+
+
+def test_the_help_has_an_example_for_each_command_that_works(call_main: Any, setenv: Any, tmp_path: Path) -> None:
+    main_help = call_main("--help")
+    assert (main_help.code, main_help.stderr, main_help.stdout.isascii()) == (0, "", True)
+    examples = re.findall(r"^  boxer (\w+ .*)$", main_help.stdout.decode(), re.MULTILINE)
+    assert [example.split()[0] for example in examples] == ["run", "upload", "download", "health"]
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "main.py").write_text("print('hi')")
+    with Host(respond_well) as host:
+        setenv("BOXER_URL", host.url)
+        for example in examples:
+            help_ = call_main(example.split()[0], "--help").stdout
+            assert f"example:\n  boxer {example}\n".encode() in help_ and help_.isascii()
+            said = call_main(*shlex.split(example))
+            assert (said.code, said.stderr) == (0, "")
+
+
+def test_the_program_is_the_same_however_it_is_started(call_main: Any, tmp_path: Path) -> None:
+    places = [boxer_folder()]
+    if (HERE / ".package").is_dir():  # the package that is published, whose __init__.py is boxer.py
+        places.append(str(HERE / ".package"))
+    lines = [
+        (command_line("--version"), {}),
+        *((command_line("--version", module=True), {"PYTHONPATH": it}) for it in places),
+    ]
+    for line, environment in lines:
+        done = subprocess.run(line, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"boxer {boxer.__version__}\n".encode(), b"")
+    assert call_main("--version") == (0, f"boxer {boxer.__version__}\n".encode(), "")
+
+
+# Streams as they are in the wild
+
+
+@pytest.mark.parametrize("arguments", [("run", "image", "x"), ("run", "--json", "image", "x"), ("download", "a", "-")])
+def test_a_closed_pipe_is_no_error_of_a_program_that_has_run(arguments: Sequence[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    content = answer(bytes(4 * MIB)) if "download" in arguments else answer({**RUN, "exit_code": 3, "stderr": "no\n"})
+    with Host(lambda _: [content]) as host, open(writer, "wb") as pipe:
+        said = start(*arguments, stdout=pipe, env={**os.environ, "BOXER_URL": host.url})
+    assert said.code == (125 if "download" in arguments else 3)
+    assert said.stderr == ("no\n" if len(arguments) == 3 and arguments[0] == "run" else "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("line", ["run image x", "run --json image x", "--help", "download a -"])
+def test_a_full_disk_is_one_line(line: str) -> None:
+    with Host(respond_well) as host, open("/dev/full", "wb") as full:
+        environment = {**os.environ, "BOXER_URL": host.url}
+        said = start(*line.split(), stdout=full, env=environment)
+        assert said == (125, b"", "boxer: standard output: No space left on device\n")
+        if line == "run image x":
+            assert start("run", "image", "x", "--", stderr=full, env=environment).code == 0
+            assert start("rum", stderr=full, env=environment) == (125, b"", "")
+
+
+def test_a_terminal_that_is_not_utf_8_gets_the_program_s_own_bytes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    (tmp_path / "é").write_text("content")
+    with Host(lambda request: [answer({**RUN, "stdout": "é\n"}) if "/run" in request.line else STORED]) as host:
+        environment["BOXER_URL"] = host.url
+        assert start("run", "image", "x", env=environment) == (0, "é\n".encode(), "")
+        assert start("upload", ".", "x", env=environment, cwd=tmp_path) == (0, "x/é\n".encode(), "")
+        assert start("upload", "ö", env=environment, cwd=tmp_path)[::2] == (
+            *(125, f"boxer: {tmp_path}/\\xf6: No such file or directory\n"),
+        )
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Host(lambda _: [answer({**RUN, "stderr": "no\n", "exit_code": 3})]) as host:
+        line = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command_line("run", "--url", host.url, "image", "x")]
+        assert subprocess.run(line).returncode == 3
+        assert subprocess.run([*line[:-2], "-i", "image", "x"]).returncode == 125
+
+
+# Terminals and signals
+
+
+class Terminal:
+    """A program whose streams are a terminal, but for those that are given; a context manager.
+
+    Its terminal is the controlling one: what is typed there may be Ctrl-C. `shown` is all that came out of it.
+    """
+
+    def __init__(self, *arguments: str, url: str, **streams: Any) -> None:
+        self.arguments, self.streams = arguments, streams
+        self.environment = {**os.environ, "BOXER_URL": url}
+        self.shown = ""
+        self._news = threading.Condition()
+
+    def __enter__(self) -> Terminal:
+        self.master, self.slave = os.openpty()
+        # The shell opens the terminal, which makes it that of its session. Streams that are given stay what they are.
+        script = 'exec <"$0"; [ -t 1 ] && exec >"$0"; [ -t 2 ] && exec 2>"$0"; exec "$@"'
+        line = ["/bin/sh", "-c", script, os.ttyname(self.slave), *command_line(*self.arguments)]
+        streams = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **self.streams}
+        self.process = subprocess.Popen(line, env=self.environment, start_new_session=True, **streams)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.wait()
+        os.close(self.master)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # the last of those who write to the terminal has closed it
+            while data := os.read(self.master, 65536):
+                with self._news:
+                    self.shown += data.decode()
+                    self._news.notify()
+
+    def shows(self, pattern: str) -> bool:
+        """Wait until the terminal has shown something."""
+        with self._news:
+            return self._news.wait_for(lambda: re.search(pattern, self.shown) is not None, 30)
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def wait(self) -> int:
+        """Wait until the program has ended and everything that it said is shown; return its exit code."""
+        code = self.process.wait(30)
+        if self.slave >= 0:
+            os.close(self.slave)
+            self.slave = -1
+        self._reader.join(30)
+        return code
+
+    @property
+    def screen(self) -> str:
+        """What remains to be seen of what was shown."""
+        return re.sub(r"[^\n]*\r\x1b\[K", "", self.shown.replace("\r\n", "\n"))
+
+
+on_terminals = pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+UPLOADING = r"\r\x1b\[Kuploading: [0-9.]+ of 24\.[01] MiB, [0-9.]+ MiB/s, [0-9]+ s"
+
+
+@on_terminals
+def test_an_upload_shows_on_a_terminal_how_far_it_is(tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_text("content")
+    with open(tmp_path / "large.bin", "wb") as file:
+        file.truncate(LONG)
+    shown = threading.Event()
+    script: list[Any] = [[lambda sock: shown.wait(30), Do.REQUEST, STORED]] * 2
+    with Peer(script) as peer, Terminal("upload", str(tmp_path), "x", url=peer.url) as terminal:
+        assert terminal.shows(UPLOADING)
+        shown.set()
+        assert terminal.wait() == 0
+    assert terminal.screen == "x/large.bin\nx/small.txt\n"
+
+
+@on_terminals
+def test_a_run_shows_on_a_terminal_for_how_long_it_goes_on_and_nothing_of_that_remains() -> None:
+    shown = threading.Event()
+    busy = failing("503 Service Unavailable", "busy", Retry_After="0")
+    script: list[Any] = [[Do.REQUEST, lambda sock: shown.wait(30), busy, Do.REQUEST, answer({**RUN, "stderr": "no"})]]
+    with Peer(script) as peer, Terminal("run", "image", "x", url=peer.url) as terminal:
+        assert terminal.shows(r"\r\x1b\[Krunning: [0-9]+ s")
+        shown.set()
+        assert terminal.wait() == 0
+    assert re.fullmatch(r"boxer: POST /run: busy; trying again in 0\.\d\d s\nhi\nno", terminal.screen)
+
+
+@on_terminals
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+def test_a_download_shows_on_a_terminal_how_far_it_is(tmp_path: Path, framing: str) -> None:
+    shown, content = threading.Event(), bytes(4 * MIB)
+    said = answer(content) if framing == "sized" else raw(IN_CHUNKS, body=chunks(3 * MIB, content=content))
+    half = len(said) - MIB
+    script: list[Any] = [[Do.REQUEST, said[:half], lambda sock: shown.wait(30), said[half:]]] * 2
+    of = " of 4.0" if framing == "sized" else ""
+    for local in ("here", "-"):
+        shown.clear()
+        with Peer(script[:1]) as peer, open(tmp_path / "out", "wb") as out:
+            place = str(tmp_path / "here") if local == "here" else local
+            with Terminal("download", "a", place, url=peer.url, stdout=out) as terminal:
+                assert terminal.shows(rf"\r\x1b\[Kdownloading: [123]\.[0-9]{of} MiB, [0-9.]+ MiB/s, [0-9]+ s")
+                shown.set()
+                assert terminal.wait() == 0
+        assert terminal.screen == ""
+        assert (tmp_path / ("here" if local == "here" else "out")).read_bytes() == content
+
+
+@on_terminals
+def test_waiting_for_a_server_shows_on_a_terminal_for_how_long() -> None:
+    shown = threading.Event()
+    health: Any = lambda _: [WELL if shown.is_set() else failing("503 Service Unavailable")]  # noqa: E731
+    with Host(health) as host, Terminal("health", "--wait", "60", url=host.url) as terminal:
+        assert terminal.shows(r"\r\x1b\[Kwaiting: [0-9]+ s")
+        shown.set()
+        assert terminal.wait() == 0
+    assert terminal.screen == "ok\n"
+
+
+@on_terminals
+def test_nothing_is_shown_that_is_not_wanted_or_would_be_mixed_with_a_file(tmp_path: Path) -> None:
+    shown = threading.Event()
+    with (
+        Host(lambda request: [lambda: shown.wait(30), *respond_well(request)]) as host,
+        contextlib.ExitStack() as stack,
+    ):
+        file = stack.enter_context(open(tmp_path / "stderr", "wb"))
+        lines: list[Any] = [(("run", "-q", "image", "x"), {}), (("download", "a", "-"), {})]
+        lines.append((("run", "image", "x"), {"stderr": file}))
+        terminals = [stack.enter_context(Terminal(*line, url=host.url, **streams)) for line, streams in lines]
+        loud = stack.enter_context(Terminal("run", "image", "x", url=host.url))
+        assert loud.shows("running: 2 s")
+        shown.set()
+        assert [terminal.wait() for terminal in [*terminals, loud]] == [0, 0, 0, 0]
+    assert [terminal.shown for terminal in terminals] == ["hi\r\n", "content", "hi\r\n"]
+    assert (tmp_path / "stderr").read_bytes() == b""
+
+
+@on_terminals
+@with_programs
+@pytest.mark.parametrize("is_json", [False, True], ids=["text", "JSON"])
+def test_ctrl_c_kills_the_sandbox_and_is_130(is_json: bool) -> None:
+    options = ["--json"] * is_json
+    with StandIn() as server, Terminal("run", *options, "python:3.12-slim", "sleep", "29", url=server.url) as terminal:
+        assert server.wait_for(lambda: server.runs_live, 60)
+        assert terminal.shows("running: ")
+        terminal.type(b"\x03")
+        assert terminal.wait() == 130
+        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
+    screen = terminal.screen.replace("^C", "")
+    if is_json:
+        error = {"type": "KeyboardInterrupt", "message": "interrupted", "status_code": None}
+        assert json.loads(screen) == {"error": error}
+    else:
+        assert screen == ""
+
+
+def test_an_interrupt_of_any_command_is_130(call_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert call_main("health", "--url", "http://boxer.test") == (130, b"", "")
+
+
+# With programs that run
+
+
+@in_a_sandbox
+def test_a_program_runs_with_files_input_and_outputs(call_main: Any, server: Any, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("import sys; open('/output/n', 'w').write(input() * 2); sys.exit('done')")
+    line = "--url", server.url, "run", "-i", "-f", ".", "-o", "results", PYTHON, "python3", "main.py"
+    assert call_main(*line, stdin="é\n".encode()) == (1, b"", "done\n")
+    assert (tmp_path / "results" / "n").read_text("utf-8") == "éé"
+
+
+@in_a_sandbox
+def test_a_time_limit_is_124(call_main: Any, server: Any) -> None:
+    line = "run", "--url", server.url, "--time-limit", "1", PYTHON, "python3", "-c", "while True: pass"
+    code, stdout, stderr = call_main(*line)
+    assert (code, stdout, stderr.count("\n")) == (124, b"", 1) and stderr.startswith("boxer: execution timed out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On the stand-in: programs run in a sandbox, from end to end
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -10353,7 +11043,6 @@ def pem(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-with_programs = pytest.mark.skipif(find_sandbox() is None, reason="no sandbox works on this machine")
 TWICE = ["sh", "-c", "cat /in.bin /in.bin > /output/out.bin; echo hello; seq 5000 >&2"]
 
 

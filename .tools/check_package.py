@@ -2,8 +2,9 @@
 """Look into what release.py built, install it in fresh environments, and use it there: `tox -e package`.
 
 The environments: the wheel, installed without a network; and an editable install of the unpacked sdist, whose edits
-must be followed. In each, the package is imported, mypy and pyright find nothing in typed_use.py and every mistake in
-mistaken_use.py. Then boxer.py, copied into a package of the user's, must be clean for both, too.
+must be followed. In each, the package is imported, its three command lines are one program, and mypy and pyright find
+nothing in typed_use.py and every mistake in mistaken_use.py. Then boxer.py, copied into a package of the user's, must
+be clean for both, too.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ def check_use(python: Path, lies_at: Path, folder: Path) -> None:
     """Check that an environment's Python imports one file and that type checkers know its types."""
     printed = run(python, "-W", "error", "-c", IMPORT, cwd=folder)
     assert Path(printed.strip()) == lies_at, printed
+    for option in ("--version", "--help"):
+        programs = ([python.parent / "boxer"], [python, "-m", "boxer"], [python, ROOT / "boxer.py"])
+        texts = {run(*program, option, cwd=folder) for program in programs}
+        assert len(texts) == 1, texts
     for name in ("typed_use.py", "mistaken_use.py"):
         shutil.copy(TOOLS / name, folder)
     lines = enumerate((folder / "mistaken_use.py").read_text("utf-8").splitlines(), 1)
