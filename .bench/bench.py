@@ -280,15 +280,10 @@ def line(work: Work, figures: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def measured_works(results: dict[str, Any]) -> list[Work]:
-    """Return the rows that there are figures for: one that is new has none until all are measured again."""
-    return [work for work in works("") if work.title in results["works"]]
-
-
 def table(results: dict[str, Any]) -> str:
     """Return the table of .bench/README.md: our own CPU time, and how many times as much the others take."""
     rows = [["", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    for work in measured_works(results):
+    for work in works(""):
         figures, scale = results["works"][work.title], {"µs": 1e6, "ms": 1e3}[work.unit]
         ours = figures["boxer.py"]["cpu"]
         others = (f"{figures[each]['cpu'] / ours:.2f} ×" if each in figures else "" for each in COLUMNS[1:])
@@ -299,7 +294,7 @@ def table(results: dict[str, Any]) -> str:
 def memory_table(results: dict[str, Any]) -> str:
     """Return the table of .bench/README.md that says how much memory a file takes."""
     rows = [["", *COLUMNS[:-3]], ["---", *["---:"] * (len(COLUMNS) - 3)]]
-    for work in measured_works(results):
+    for work in works(""):
         if work.work.startswith(("download", "save", "upload")):
             figures = results["works"][work.title]
             memory = (f"{figures[each]['memory'] / MIB:.0f} MiB" if each in figures else "" for each in COLUMNS[:-3])
