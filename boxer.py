@@ -385,6 +385,9 @@ def _files(files: Any) -> Any:
             )
         if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
             raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
+    objects = [id(content) for content in files.values() if hasattr(content, "read")]
+    if len(set(objects)) < len(objects):
+        raise BoxerValidationError("files has one file object under two names; open the file twice, or give its path")
     return dict(files)
 
 
@@ -413,8 +416,8 @@ def _output_name(name: str, path: Any) -> str:
 def _check_shell_names(env: Any) -> None:
     for entry in env:
         if not re.match("[A-Za-z_][A-Za-z0-9_]*=", entry):
-            what = "must be a shell's identifier where the run has an input, or all of its outputs are fetched"
-            raise BoxerValidationError(f"each name in env {what}: a shell starts the program then")
+            why = "because a shell starts the program when `input` or all outputs are used"
+            raise BoxerValidationError(f"each name in env must be a shell identifier, {why}")
 
 
 def _path(name: str, path: Any) -> str:
@@ -439,7 +442,7 @@ class RunResult:
         shell starts it (with `input`, or all outputs).
     stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong in /output.
     wall_ms: milliseconds from the start of the sandbox to its end.
-    outputs: what the program wrote to /output, by name, as far as it was asked for.
+    outputs: what the program wrote to /output, by name, as far as it was requested.
     """
 
     exec_id: str
@@ -492,23 +495,16 @@ def _shortened(value: Any) -> str:
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 #
-#     BoxerError
-#     ├── BoxerValidationError (also a ValueError)        refused before anything was sent
-#     ├── BoxerConnectionError (also a ConnectionError)   no complete, well-formed HTTP answer came
-#     ├── BoxerExitError                                  run(check=True), and the exit code is not 0
-#     └── BoxerAPIError                                   the server answered, and not with what was asked for
-#         ├── BoxerTimeoutError                           408: the program's time was up; 0: the client's deadline
-#         └── BoxerOutputLimitError                       507: too much on stdout or stderr
-#
-# Nothing else leaves a client for a fault of the network, the protocol or the server. Using a closed client is a
-# RuntimeError and a wrong type a TypeError; a local file that cannot be read raises its own OSError.
+# The module's docstring shows the tree. Nothing else leaves a client for a fault of the network, the protocol or the
+# server. Using a closed client is a RuntimeError and a wrong type a TypeError; a local file that cannot be read raises
+# its own OSError.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class BoxerError(Exception):
     """The base of all errors of this module.
 
-    result: the RunResult of a run that did end, where only its outputs could not be had.
+    result: the RunResult, where the run has ended and only its outputs could not be fetched.
     """
 
     result: Any = None
@@ -535,6 +531,8 @@ class BoxerExitError(BoxerError):
     result: the RunResult.
     """
 
+    result: RunResult
+
     def __init__(self, result: RunResult) -> None:
         super().__init__(result)
         self.result = result
@@ -545,7 +543,7 @@ class BoxerExitError(BoxerError):
 
 
 class BoxerAPIError(BoxerError):
-    """The server answered, and not with what was asked for; the text is the server's own reason.
+    """The server answered with an error, or with what makes no sense; the text is the server's own reason.
 
     status_code: the HTTP status code of the answer.
     """
@@ -790,10 +788,16 @@ def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[tuple[str, 
                 parts = (*parents, entry.name)
                 if any(_matches(parts, pattern) or _matches(parts[-1:], pattern) for pattern in patterns):
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False) and not _is_junction(entry):
                     folders.append(parts)
                 else:
                     yield parts
+
+
+def _is_junction(entry: os.DirEntry[str]) -> bool:
+    """Tell whether a folder is Windows' kind of link to one."""
+    tag = getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) if os.name == "nt" else 0
+    return bool(tag) and tag == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", None)
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -837,7 +841,7 @@ def _opened(path: Path | Content) -> Any:
     with file:
         if stat.S_ISREG(status.st_mode):
             return contextlib.nullcontext(file.read())
-    raise BoxerValidationError(f"{str(path)!r} is not a file any more")
+    raise BoxerValidationError(f"{str(path)!r} is no longer a file")
 
 
 # What starts the program where a run has an input, or all of its outputs are fetched. `exec` keeps the shell's own
@@ -889,7 +893,8 @@ class _Plan:
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        doubtful = [[path] for path in self.begun if path not in set(self.uploaded)]
+        uploaded = set(self.uploaded)
+        doubtful = [[path] for path in self.begun if path not in uploaded]
         for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
             if paths:
                 yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
@@ -936,7 +941,7 @@ class _Sink:
             self._file.truncate()
 
     def write(self, content: bytes) -> None:
-        self._was_written = True
+        self._was_written = self._was_written or bool(content)
         left = memoryview(content)
         while left:
             size = self._file.write(left)
@@ -950,7 +955,9 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
     if target.is_dir():
         name = remote_path.rpartition("/")[2]
         if Path(name).name != name:
-            raise BoxerValidationError(f"{remote_path!r} has no name that a file here can have; name the file")
+            raise BoxerValidationError(
+                f"{remote_path!r} ends in a name that no file can have here; give the path of a file"
+            )
         target /= name
     if target.is_dir():
         raise BoxerValidationError(f"{str(target)!r} is a folder; nothing is written over it")
@@ -1529,7 +1536,7 @@ class _Decoder:
 
     def __init__(self, content_limit: float, is_tunnel: bool = False) -> None:
         self._content_limit = content_limit
-        self._is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
+        self.is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
 
     @property
     def is_reusable(self) -> bool:
@@ -1561,7 +1568,7 @@ class _Decoder:
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
         head, content = _HEADS[data[:end]], data[end + 4 :]
-        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
+        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self.is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
@@ -1597,7 +1604,7 @@ class _Decoder:
         try:
             if head.is_chunked:
                 yield from self._chunked_content()
-            elif not (self._is_tunnel and response.is_success):
+            elif not (self.is_tunnel and response.is_success):
                 yield from self._sized_content(head.length)
         except _ContentLimit:
             response.is_cut, self._head = True, head._replace(keeps_alive=False)
@@ -1626,23 +1633,19 @@ class _Decoder:
 
     def _chunked_content(self) -> Generator[None, None, None]:
         """Decode content in the chunked transfer coding (RFC 9112, section 7.1)."""
-        while size := (yield from self._chunk_size()):
+        size = 1
+        while size:
+            head = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
+            match = _CHUNK_HEAD.fullmatch(head)
+            if not match:
+                raise _ProtocolError(f"the size of a chunk is malformed: {head[:40]!r}")
+            size = int(match[1], 16)
             yield from self._sized_content(size)
-            yield from self._until(b"\r\n", 0, "the end of a chunk")
-        yield from self._skip_trailer()
-
-    def _chunk_size(self) -> Generator[None, None, int]:
-        head = yield from self._until(b"\r\n", _CHUNK_HEAD_LIMIT, "a chunk's head")
-        match = _CHUNK_HEAD.fullmatch(head)
-        if not match:
-            raise _ProtocolError(f"the size of a chunk is malformed: {head[:40]!r}")
-        return int(match[1], 16)
-
-    def _skip_trailer(self) -> Generator[None, None, None]:
-        """Check the trailer section, of which nothing is of use."""
-        self._at -= 2  # step back over the last chunk's CRLF, so that an empty section also ends with CRLF CRLF
+            if size:
+                yield from self._until(b"\r\n", 0, "the end of a chunk")
+        self._at -= 2  # step back over the last chunk's CRLF, so that an empty trailer section also ends with CRLF CRLF
         section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
-        _field_lines(section[2:].decode("latin-1"))
+        _field_lines(section[2:].decode("latin-1"))  # nothing in it is of use, but it has to be well-formed
 
     def _until(self, delimiter: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
         """Return what comes before a delimiter, which is skipped."""
@@ -1700,7 +1703,7 @@ def _decoded_head(data: bytes) -> _Head:
         raise _ProtocolError(f"the status line is malformed: {line[:80]!r}")
     is_old, code, reason, field_lines = match[1] == "0", int(match[2]), match[3] or "", _field_lines(section)
     if code == 101:
-        raise _ProtocolError("it switched to another protocol, which was not asked for")
+        raise _ProtocolError("the server switched to another protocol, which was not asked for")
     fields = _combined(field_lines)
     if code < 200 or code in (204, 304):
         is_chunked, length = False, 0.0
@@ -1736,24 +1739,18 @@ def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, float]:
-    """Return whether content is chunked, and its length, infinite up to the end of the connection.
-
-    RFC 9112, section 6.3.
-    """
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-    if coding is None:
-        return False, math.inf if length is None else _decoded_length(length)
-    if is_old or length is not None or coding.lower() != "chunked":
-        raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
-    return True, 0
-
-
-def _decoded_length(value: str) -> int:
-    """Decode Content-Length; repeated, it is valid if it says the same each time (RFC 9112, section 6.3)."""
-    length, *others = {length.strip(" \t") for length in value.split(",")}
+    """Return whether content is chunked, and its length, infinite up to the end of the connection (RFC 9112, 6.3)."""
+    coding, value = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None:
+        if is_old or value is not None or coding.lower() != "chunked":
+            raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
+        return True, 0
+    if value is None:
+        return False, math.inf
+    length, *others = {length.strip(" \t") for length in value.split(",")}  # repeated, it is valid if it says the same
     if others or not (length.isascii() and length.isdecimal() and len(length) <= 18):
         raise _ProtocolError(f"Content-Length {value[:40]!r} is not a length")
-    return int(length)
+    return False, int(length)
 
 
 # ---- Both clients ----------------------------------------------------------------------------------------------------
@@ -1823,7 +1820,7 @@ class _Connection:
         if not response.is_success:
             return response
         if decoder.has_rest:
-            raise _ProtocolError("the proxy sent data of its own through the new tunnel")
+            raise _ProtocolError("the proxy sent data of its own after it had opened the tunnel")
         return None
 
     async def exchange(self, head: bytes, body: bytes | _Multipart) -> _Response:
@@ -1893,7 +1890,8 @@ class _Connection:
             call.check(self.peer)
             self._decode_end(decoder, end.loss)
         assert decoder.response is not None
-        await self._save(decoder, 0)
+        if not decoder.is_tunnel:
+            await self._save(decoder, 0)
         return decoder.response
 
     async def _save(self, decoder: _Decoder, least: int) -> None:
@@ -2217,7 +2215,9 @@ class _Client:
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
         self._settings: dict[str, Any] = {
-            "base_url": base_url,
+            "base_url": os.environ.get("BOXER_URL")
+            if base_url is None
+            else base_url,  # a pickle goes to the same server
             "timeout": _seconds("timeout", timeout),
             "retries": _whole_number("retries", retries),
             "max_connections": _whole_number("max_connections", max_connections, least=1),
@@ -2225,6 +2225,7 @@ class _Client:
             "ssl_context": ssl_context,
         }
         self._origin = _origin(base_url, headers or {})
+        self._host = _host_and_port(self._origin.authority, 0)[0]
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
         self._is_closed = False
@@ -2304,7 +2305,9 @@ class _Client:
         try:
             while True:
                 try:
-                    await self._exchange(_HEALTH_REQUEST, _checked, _Options(max(_TIMER_STEP, call.deadline.left), 0))
+                    await self._exchange(
+                        _HEALTH_REQUEST, _checked, _Options(max(_TIMER_STEP, min(call.deadline.left, 5.0)), 0)
+                    )
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
                     if call.deadline.left < _SHORTEST_PAUSE:
@@ -2470,9 +2473,7 @@ def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
 
 
 def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
-    if scheme == "http":
-        return None
-    return context or ssl.create_default_context()
+    return None if scheme == "http" else context or ssl.create_default_context()
 
 
 def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call: _Call) -> float | None:
@@ -2719,7 +2720,7 @@ class _SyncPool(_Pool[_SyncConnection]):
         """Let the wait count if the call was made within another one of its thread, which it keeps from going on."""
         outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
         if sum(other in self._busy for other in outer) == self._size:
-            what = "it was made within calls of its own thread, which use every connection, so none gets free"
+            what = "it was made within calls of its own thread, which hold every connection, so waiting would never end"
             raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _LastingError()
         return max(0.0, call.deadline.left) if outer else None
 
@@ -2769,7 +2770,7 @@ class _SyncWorkers(_Workers):
 
     def cancel(self) -> None:
         for cancellation in list(self._active):
-            cancellation.cancel("stopped, because another call of the same job failed, or the job was given up")
+            cancellation.cancel("stopped, because another call failed or the caller gave up")
 
     async def end(self) -> None:
         self.cancel()
@@ -3066,8 +3067,15 @@ class BoxerClient(_Client):
         if isinstance(body, bytes) and body:
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
-        context = self._context if request.type == self._origin.scheme else _tls_context(request.type, None)
-        response = _run_to_completion(self._pools[None].exchange(route, context, head, body, call))
+        is_ours = request.type == self._origin.scheme and _host_and_port(origin, 0)[0] == self._host
+        context = self._context if is_ours else _tls_context(request.type, None)
+        pool = self._pools[None]
+        pool.calls.add(call)
+        try:
+            response = _run_to_completion(pool.exchange(route, context, head, body, call))
+        finally:
+            if not isinstance(request, _OpenerRequest):
+                pool.calls.discard(call)
         if isinstance(request, _OpenerRequest):
             return response
         content, url = io.BytesIO(response.content), request.full_url
@@ -3503,7 +3511,7 @@ class AsyncBoxerClient(_Client):
     """A client of a Boxer server for asyncio; its parameters are those of BoxerClient, less `handlers`.
 
     Use it with `async with`, or `await client.aclose()`. Any number of tasks may share it. Each event loop that it is
-    used in has connections of its own, which are closed once it has stopped and the client is used in another. A
+    used in has connections of its own, which are closed when the client is next used in another loop. A
     cancelled call closes its connection at once, whereupon the server kills the run.
     """
 
@@ -3685,8 +3693,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         options = _command_line(arguments)
         return int(options.function(options))
-    except SystemExit:  # argparse has shown its help
-        return 0
+    except SystemExit as ended:
+        if ended.code:  # a signal handler has raised it
+            raise
+        return 0  # argparse has shown its help
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
@@ -3744,7 +3754,7 @@ def _parser() -> Any:
     parser.set_defaults(timeout=120.0, retries=2, env=[])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
     for function, words, counts, add_options, example in _COMMANDS:
-        name, text = function.__name__[1:], function.__doc__ or ""
+        name, text = function.__name__[1:], function.__doc__ or "(python -OO drops this text)."
         examples.append(f"  boxer {name} {example}")
         settings.update(usage=f"boxer {name} [options] {words}", epilog=f"example:\n{examples[-1]}", description=text)
         command = commands.add_parser(name, help=text[0].lower() + text[1:-1], **settings)
@@ -4002,10 +4012,16 @@ def _write(stream: Any, content: bytes) -> None:
     if stream is None:  # it was closed when this program began
         return
     stream.flush()
+    if not hasattr(stream, "buffer"):  # something of the caller's, such as a StringIO
+        stream.write(content.decode("utf-8", "replace"))
+        return
     raw, left = getattr(stream.buffer, "raw", stream.buffer), memoryview(content)
     try:
         while left:
-            left = left[raw.write(left) or 0 :]
+            size = raw.write(left)
+            if size is None:  # it does not block, and is full
+                _wait_for(raw.fileno(), "w", 1.0)
+            left = left[size or 0 :]
     except OSError as error:
         error.filename = "standard output" if stream is sys.stdout else "standard error"
         raise

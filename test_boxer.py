@@ -6572,6 +6572,8 @@ def test_running_out_of_descriptors_is_a_connection_error(client_of: Clients) ->
 
 def test_an_upload_out_of_memory_that_has_gone_is_broken_off(client_of: Clients, tmp_path: Path) -> None:
     """A send fails, and the connection has not: as when the system has no room, or a firewall does not let it."""
+    if client_of.kind == "async" and sys.version_info < (3, 12):
+        pytest.skip("asyncio copies what could not be sent at once, which the memory that has gone is fatal for")
     path, received = tmp_path / "file", list[bytes]()
     path.touch()
     os.truncate(path, LONG)
