@@ -13179,6 +13179,19 @@ def test_the_example_of_a_batch_goes_on_where_it_stopped(server: Any, tmp_path: 
     assert sorted((it["id"], it["exit_code"], len(it["stdout"])) for it in said) == [(f"n{n}", n, 17) for n in range(6)]
 
 
+@in_a_sandbox
+def test_the_command_lines_of_the_readme_print_what_they_say(server: Any, tmp_path: Path) -> None:
+    lines = [block.values[0] for block in blocks("sh") if block.id == "Command line"]
+    (tmp_path / "boxer").write_text(f'#!/bin/sh\nexec {shlex.join(command_line())} "$@"\n')
+    (tmp_path / "boxer").chmod(0o700)
+    environment = {**os.environ, "BOXER_URL": server.url, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    shell = ["/bin/sh", "-e", "-c", "".join(lines)]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    expected = "".join(f"{line}\n" for line in re.findall(r"# prints: (.*)$", "".join(lines), re.MULTILINE))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert len(lines) == 3 and re.fullmatch(re.escape(expected).replace("…", ".+"), done.stdout), done.stdout
+
+
 def command(subcommand: str) -> list[str]:
     """Give the README's command line of test_boxer.py, for this Python without installed packages, at a free port."""
     lines = [line for block in blocks("sh") for line in block.values[0].splitlines()]
@@ -13238,6 +13251,34 @@ def test_a_command_of_the_readme_works(start: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run(line, shell=True, cwd=tmp_path, env=environment, check=True, timeout=60)
     assert "cp" not in start or (tmp_path / "my-project/boxer.py").read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no sandboxes here")
+def test_the_stand_in_says_why_it_passed_a_sandbox_over_and_refuses_an_unknown_one(tmp_path: Path) -> None:
+    (tmp_path / "runsc").write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
+    (tmp_path / "runsc").chmod(0o700)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = {}
+    for name in ("gVisor", "docker"):
+        environment["BOXER_SANDBOX"] = name
+        done = subprocess.run(command("serve"), cwd=HERE, env=environment, capture_output=True, text=True, timeout=60)
+        said[name] = done.returncode, done.stdout, done.stderr
+    assert said["gVisor"][:2] == (1, "") and said["gVisor"][2].startswith("gVisor does not work here: out of luck\nNo ")
+    unknown = "BOXER_SANDBOX is 'docker'; it can be gVisor, bubblewrap, namespaces or none\n"
+    assert said["docker"] == (2, "", unknown)
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_the_stand_in_serves_at_the_port_that_is_named_unless_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = [*command("serve"), "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(line, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and "Address already in use" in done.stderr
+    with subprocess.Popen(line, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == f"export BOXER_URL=http://127.0.0.1:{line[-1]}\n"
+        process.terminate()
+        assert process.wait(timeout=30) == 0
 
 
 def section(title: str) -> str:
