@@ -3740,7 +3740,7 @@ def _parser() -> Any:
     import argparse  # here, since it takes time, and few who import this module need it
 
     class Parser(argparse.ArgumentParser):
-        def print_help(self, _: Any = None) -> None:
+        def print_help(self, file: Any = None) -> None:
             _write(sys.stdout, self.format_help().encode())
 
         def error(self, message: str) -> Any:
