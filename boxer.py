@@ -980,6 +980,10 @@ def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
 @contextlib.contextmanager
 def _written_whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside the target, and put it in the target's place once it is whole."""
+    if target.exists() and not target.is_file():  # a device or a pipe must not become a file
+        with target.open("wb", buffering=0) as file:
+            yield cast("IO[bytes]", file)
+        return
     temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
     try:
         with temporary.open("xb") as file:
@@ -3385,9 +3389,8 @@ async def _in_thread(call: _Call, function: Callable[..., _T], *args: Any) -> _T
     """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
     if not threading.main_thread().is_alive():
         return function(*args)  # pragma: no cover - coverage is not measured any more by then
-    run = contextvars.copy_context().run
-    loop = asyncio.get_running_loop()
-    return await _within(call.deadline.left, loop.run_in_executor(None, run, function, *args), call)
+    work = functools.partial(contextvars.copy_context().run, function, *args)
+    return await _within(call.deadline.left, asyncio.get_running_loop().run_in_executor(None, work), call)
 
 
 class _AsyncEvent:
@@ -3881,9 +3884,8 @@ def _download(options: Any) -> int:
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
             return _fetch(client, progress, remote, _StandardOutput())
         target = _target_path(_path("REMOTE", remote), local)
-        is_device = target.exists() and not target.is_file()  # or a pipe: it must not become a file
         try:
-            with target.open("wb", buffering=0) if is_device else _written_whole(target) as file:
+            with _written_whole(target) as file:
                 return _fetch(client, progress, remote, file)
         except OSError as error:
             if not isinstance(error, BoxerError):

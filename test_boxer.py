@@ -12357,6 +12357,15 @@ def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> N
         client_of(peer.url).download_path("a", Pipe(room=100_000))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no devices here")
+def test_a_download_to_a_device_does_not_replace_it(client_of: Clients, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Host(lambda _: [answer(b"content")]) as host, ThreadPoolExecutor(1) as executor:
+        reading = executor.submit((tmp_path / "pipe").read_bytes)
+        client_of(host.url).download_path("a", tmp_path / "pipe")
+        assert reading.result() == b"content" and (tmp_path / "pipe").is_fifo()
+
+
 def test_a_download_to_disk_has_the_permissions_of_any_new_file(client_of: Clients, tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     with Host(lambda _: [answer(b"x")]) as host:
