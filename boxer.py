@@ -195,6 +195,7 @@ _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
 _OUTPUT_LIMIT = 10_000  # files in /output
+_DEPTH_LIMIT = 64  # folders on the way to one of them, where they go into a local folder
 _LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 _SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
@@ -573,7 +574,7 @@ _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 # Terminal escapes (ECMA-48: control strings, control sequences, others), control characters, and characters that
 # reorder text: text of a server or a program must not bring them to a terminal.
 _ESCAPE = (
-    r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c|\Z)"
+    r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c|\Z)"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]"
 )
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -921,12 +922,14 @@ class _Sink:
     def __init__(self, file: Any) -> None:
         if isinstance(file, io.TextIOBase):
             raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
+        self.is_over = False  # the call has ended, perhaps while a thread still writes
         self._file = file
         self._was_written = False
         self.length = math.inf  # of the content in bytes, once that is known
         try:
             self._start = file.tell()
             file.seek(self._start)
+            _ = file.truncate  # which a rewind needs
         except (AttributeError, OSError, ValueError):
             self._start = None
 
@@ -944,8 +947,12 @@ class _Sink:
         self._was_written = self._was_written or bool(content)
         left = memoryview(content)
         while left:
+            if self.is_over:
+                raise BoxerError("the call has ended meanwhile")
             size = self._file.write(left)
             _refuse_awaitable(size)
+            if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
+                raise BlockingIOError("the file that the download is written to takes nothing more")
             left = left[len(left) if size is None else size :]  # a file without a buffer may take a part
 
 
@@ -961,7 +968,7 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
         target /= name
     if target.is_dir():
         raise BoxerValidationError(f"{str(target)!r} is a folder; nothing is written over it")
-    return target
+    return target.resolve() if target.is_symlink() else target
 
 
 def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
@@ -969,6 +976,8 @@ def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     *parents, last = name.split("/")
+    if len(parents) > _DEPTH_LIMIT:
+        raise BoxerError(f"the output {name[:_SHOWN_SIZE]!r} lies more than {_DEPTH_LIMIT} folders deep")
     for parent in parents:
         folder /= parent
         if folder.is_symlink() or folder.resolve() != folder.parent.resolve() / parent:
@@ -987,6 +996,8 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
     temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
     try:
         with temporary.open("xb") as file:
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))  # what was private stays so
             yield file
         os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
     finally:
@@ -1022,6 +1033,8 @@ class _Response:
         self.code = head.code
         self.fields = head.fields
         self.is_success = 200 <= head.code < 300
+        self.coding = head.fields.get("content-encoding", "").lower()
+        self.is_plain = head.code == 200 and self.coding in ("", "identity")
         self.content = content
         self._head = head
 
@@ -1068,7 +1081,10 @@ def _listed_names(response: _Response) -> Sequence[str]:
         raise BoxerAPIError("the run left no list of its outputs: its image may be without /bin/sh or find", 404)
     names: dict[str, None] = {}
     left_out = []
-    for line in _file_content(response).split(b"\0")[:-1]:
+    listed = _file_content(response)
+    if listed.count(b"\0") > _OUTPUT_LIMIT:
+        raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none was fetched", response.code)
+    for line in listed.split(b"\0")[:-1]:
         name = line.decode("utf-8", "backslashreplace")[2:]
         parts = tuple(name.split("/"))
         is_as_listed = f"./{name}".encode("utf-8", "replace") == line
@@ -1076,8 +1092,6 @@ def _listed_names(response: _Response) -> Sequence[str]:
             names[name] = None
         else:
             left_out.append(name)
-        if len(names) > _OUTPUT_LIMIT:
-            raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none was fetched", response.code)
     if left_out:
         _LOG.warning(
             "outputs left out because of their names: %d, such as %r", len(left_out), left_out[0][:_SHOWN_SIZE]
@@ -1100,12 +1114,11 @@ def _checked(response: _Response) -> _Response:
     if not response.is_success:
         reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_doubt(response)}"
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(reason, response.code)
+    if response.coding not in ("", "identity"):
+        message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
+        raise BoxerAPIError(message, response.code)
     if response.is_cut:
         raise BoxerAPIError(f"the answer is longer than the {_ANSWER_LIMIT >> 20} MiB that are taken", response.code)
-    coding = response.fields.get("content-encoding")
-    if coding and coding.lower() != "identity":
-        message = f"the answer came with Content-Encoding {_printable(coding.lower())[:40]!r}, which was not asked for"
-        raise BoxerAPIError(message, response.code)
     return response
 
 
@@ -1150,7 +1163,7 @@ def _reason(response: _Response) -> str:
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
     if 300 <= response.code < 400:
         text += f" (redirects are not followed; Location: {response.fields.get('location', '')})"
-    text = " ".join(_printable(text).split())
+    text = " ".join(_printable(text[: 8 * _REASON_SIZE]).split())
     return text if len(text) <= _REASON_SIZE else text[:_REASON_SIZE] + " …"
 
 
@@ -1291,7 +1304,7 @@ def _is_reached_directly(host: str, no_proxy: str) -> bool:
         return re.fullmatch(r"(.*\.)?localhost\.?", host) is not None
     for entry in no_proxy.split(","):
         with contextlib.suppress(ValueError):
-            if address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
+            if address in ipaddress.ip_network(re.sub(r"[\[\]\s]", "", entry), strict=False):
                 return True
     return address.is_loopback
 
@@ -1603,8 +1616,8 @@ class _Decoder:
             raise _ProtocolError("there were too many interim answers")
         response = self.response = _Response(head)
         self._content = io.BytesIO()
-        if not response.is_success:
-            self._content_limit = _ERROR_LIMIT
+        if not response.is_plain:
+            self._content_limit = _ERROR_LIMIT  # nobody wants more of it
         try:
             if head.is_chunked:
                 yield from self._chunked_content()
@@ -1901,7 +1914,7 @@ class _Connection:
     async def _save(self, decoder: _Decoder, least: int) -> None:
         """Write what has come of a whole file to the sink of the request, if there is one, and so much has come."""
         sink, response = self.call.request.sink, decoder.response
-        if sink is None or response is None or response.code != 200 or "content-encoding" in response.fields:
+        if sink is None or response is None or not response.is_plain:
             return
         sink.length = response.length
         if decoder.is_complete:
@@ -2002,7 +2015,8 @@ def _is_of_the_system(error: OSError) -> bool:
         modules.add(str(trace.tb_frame.f_globals.get("__name__")))
         trace = trace.tb_next
     others = {name.partition(".")[0] for name in modules - {__name__}}
-    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop"}
+    files = {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
+    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop", *files}
 
 
 _C = TypeVar("_C", bound=_Connection)
@@ -2284,6 +2298,8 @@ class _Client:
             raise
         finally:
             pool.calls.discard(call)
+            if request.sink is not None:
+                request.sink.is_over = True
 
     async def _last_response(self, pool: _Pool[Any], call: _Call, tries: _Tries) -> _Response:
         """Send a request until it succeeds, or may not be tried again."""
@@ -2370,11 +2386,7 @@ class _Client:
             raise
         if not plan.is_removed:
             await self._remove(plan, options)
-        try:
-            await self._fetch_outputs(result, plan, output_dir, options)
-        except BoxerError as error:
-            error.result = result
-            raise
+        await self._add_outputs(result, plan, output_dir, options)
         return result
 
     async def _remove(self, plan: _Plan, options: _Options) -> None:
@@ -2384,8 +2396,23 @@ class _Client:
             left = max(_TIMER_STEP, deadline.left)
             try:
                 await self._exchange(_run_request(run), _run_result, _Options(left, 2, options.cancellation))
-            except BoxerError as error:
+            except (BoxerError, RuntimeError) as error:  # the latter: the client has been closed meanwhile
                 _LOG.debug("files of a run were left on the server: %s", error)
+
+    async def _add_outputs(
+        self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
+    ) -> None:
+        try:
+            await self._fetch_outputs(result, plan, output_dir, options)
+        except BoxerError as error:
+            error.result = result
+            raise
+        except RuntimeError as error:
+            if not self._is_closed:
+                raise
+            closed = BoxerConnectionError("the client was closed", request_sent=False)
+            closed.result = result
+            raise closed from error
 
     async def _fetch_outputs(
         self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
@@ -2412,8 +2439,8 @@ class _Client:
         try:
             with _written_whole(_output_target(output_dir, name)) as file:
                 await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
-        except OSError as error:
-            if isinstance(error, BoxerError):
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and not _is_of_the_system(error):
                 raise
             raise BoxerError(f"the output {name!r} could not be written to {output_dir}: {error}") from error
 
@@ -2738,6 +2765,9 @@ class _SyncPool(_Pool[_SyncConnection]):
             return _look_up(host, port)
 
 
+_STOPPED = "stopped, because another call failed or the caller gave up"
+
+
 class _SyncWorkers(_Workers):
     """Calls in threads, which have the context variables of the thread that starts them."""
 
@@ -2746,10 +2776,13 @@ class _SyncWorkers(_Workers):
         self._executor = ThreadPoolExecutor(count)
         self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._active: set[_Cancellation] = set()
+        self._is_cancelled = False
 
     def start(self, item: Any) -> Future[Any]:
         cancellation = _Cancellation()
         self._active.add(cancellation)
+        if self._is_cancelled:
+            cancellation.cancel(_STOPPED)
         future = self._executor.submit(contextvars.copy_context().run, self._call, item, cancellation)
         future.add_done_callback(self._done.put)
         return future
@@ -2773,8 +2806,9 @@ class _SyncWorkers(_Workers):
         return self._done.get()
 
     def cancel(self) -> None:
+        self._is_cancelled = True
         for cancellation in list(self._active):
-            cancellation.cancel("stopped, because another call failed or the caller gave up")
+            cancellation.cancel(_STOPPED)
 
     async def end(self) -> None:
         self.cancel()
@@ -3053,7 +3087,13 @@ class BoxerClient(_Client):
             response = error
         except urllib.error.URLError as error:
             raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
-        return response if isinstance(response, _Response) else _adopted(response, self._origin.authority)
+        if isinstance(response, _Response):
+            return response
+        adopted, sink = _adopted(response, self._origin.authority), call.request.sink
+        if sink is not None and adopted.is_plain:
+            sink.rewind()
+            sink.write(adopted.content)
+        return adopted
 
     def _open(self, request: urllib.request.Request) -> Any:
         """Send a request of the opener's over a connection; the handler calls this."""
