@@ -4072,7 +4072,7 @@ def _write(stream: Any, content: bytes) -> None:
 def _say(text: str) -> None:
     """Write to standard error; where that fails, there is nobody to be told."""
     with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr, text.encode(getattr(sys.stderr, "encoding", "utf-8"), "backslashreplace"))
+        _write(sys.stderr, text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
 
 
 def _explained(error: BaseException) -> str:

@@ -10204,6 +10204,34 @@ def uploaded(host: Host) -> list[str]:
     return sorted(re.sub("^boxer-[0-9a-f]{32}/", "", path[1].decode()) for path in paths if path)
 
 
+def test_main_may_be_called_with_streams_of_the_caller_s_own() -> None:
+    stdout = io.StringIO()
+    streams = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(io.StringIO())
+    with Peer.answering(answer({**RUN, "stdout": "é\n"})) as peer, streams[0], streams[1]:
+        assert boxer.main(["run", "--url", peer.url, "image", "x"]) == 0
+    assert stdout.getvalue() == "é\n"
+
+
+def test_a_pipe_that_does_not_block_gets_all_of_an_output() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with Peer.answering(answer({**RUN, "stdout": "x" * MIB})) as peer, open(read, "rb") as reading:
+        line = command_line("run", "--url", peer.url, "image", "x")
+        with subprocess.Popen(line, stdout=write) as process:
+            os.close(write)
+            assert reading.read() == b"x" * MIB
+            assert process.wait(30) == 0
+
+
+def test_what_ends_the_program_from_outside_ends_it_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: Any, **__: Any) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(BoxerClient, "run", end)
+    with pytest.raises(SystemExit, match="143"):
+        boxer.main(["run", "image", "x"])
+
+
 # What a run is asked to do, and what becomes of what it said
 
 
@@ -12438,6 +12466,169 @@ def test_a_large_file_goes_up_and_down_in_64_mib_of_memory(large_store: StandIn,
     for name in ("large", "copy"):
         (tmp_path / name).unlink()
     assert taken < 64 * MIB
+
+
+# What an answer says of itself, what files take, and when a call is over
+
+
+@pytest.mark.parametrize("coding", ["identity", "", "Identity"])
+def test_content_that_is_not_coded_is_written_whatever_names_it_so(
+    client_of: Clients, tmp_path: Path, coding: str
+) -> None:
+    with Host(lambda _: [answer(b"content", Content_Encoding=coding)]) as host:
+        client_of(host.url).download_path("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("head", [raw("Content-Encoding: gzip"), raw(status="HTTP/1.1 206 Partial Content")])
+def test_an_answer_that_is_refused_is_not_taken_in_first(client_of: Clients, tmp_path: Path, head: bytes) -> None:
+    flood = itertools.chain([head], itertools.repeat(BULKY_CONTENT))
+    with Peer([[Do.REQUEST, flood, Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError):
+        client_of(peer.url, retries=0).download_path("a", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [200, 404])
+def test_what_a_handler_answers_with_is_written(tmp_path: Path, code: int) -> None:
+    def respond(_: str) -> urllib.response.addinfourl:
+        return addinfourl(b"content", code)
+
+    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Fake(respond)]) as client:
+        got = outcome(client, ("download_path", ("a", tmp_path / "a"), {}))
+    assert (got is None) == (tmp_path / "a").exists() == (code == 200)
+    assert code != 200 or (tmp_path / "a").read_bytes() == b"content"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions here")
+def test_a_download_leaves_private_what_was(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "a").touch(0o600)
+    (tmp_path / "link").symlink_to("a")
+    with Host(lambda _: [answer(b"content")]) as host:
+        client_of(host.url).download_path("a", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+class Full(io.RawIOBase):
+    """A file that takes nothing, and says so in one of two ways."""
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: Any) -> Any:
+        return self.says
+
+
+@pytest.mark.parametrize("says", [0, None])
+def test_a_file_that_takes_nothing_ends_a_download(client_of: Clients, says: Any) -> None:
+    with Host(lambda _: [answer(b"content")]) as host, pytest.raises(BlockingIOError):
+        client_of(host.url).download_path("a", Full(says))
+
+
+def test_nothing_is_written_once_the_call_is_over() -> None:
+    class Slow:
+        """Takes a byte at a time, and then waits."""
+
+        def __init__(self) -> None:
+            self.count, self.writes, self.go_on = 0, threading.Event(), threading.Event()
+
+        def write(self, _: Any) -> int:
+            self.count += 1
+            self.writes.set()
+            assert self.go_on.wait(30)
+            return 1
+
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            call = asyncio.ensure_future(client.download_path("a", slow))
+            await asyncio.get_running_loop().run_in_executor(None, slow.writes.wait, 30)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            slow.go_on.set()
+
+    slow: Any = Slow()
+    with Host(lambda _: [answer(b"content")]) as host:
+        asyncio.run(main())  # it waits for the threads of its executor
+    assert slow.count == 1
+
+
+def test_an_output_that_lies_too_deep_is_an_error_with_the_result(client_of: Clients, tmp_path: Path) -> None:
+    with Host(Kept({"/".join("x" * 70): b""})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
+    assert is_expected(got, (BoxerError, None, "folders deep")) and got.result == RESULT
+
+
+def test_what_a_signal_handler_raises_leaves_a_download_of_outputs_as_it_is(tmp_path: Path) -> None:
+    class Raising(urllib.request.BaseHandler):
+        """Raises what a signal handler might, while a file is fetched."""
+
+        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+            if "/files" in request.selector and "list" not in request.selector:
+                raise TimeoutError("my own")
+            return request
+
+    with Host(Kept({"a": b""})) as host, BoxerClient(host.url, handlers=[Raising()]) as client:
+        got = pytest.raises(TimeoutError, client.run, "image", ["true"], output_dir=tmp_path / "x")
+    assert str(got.value) == "my own"
+
+
+@pytest.mark.parametrize("what", ["outputs", "removal"])
+def test_a_result_is_not_lost_if_the_client_is_closed_before_its_outputs_come(what: str) -> None:
+    class Closing(urllib.request.BaseHandler):
+        """Closes the client once the run has been answered."""
+
+        def http_response(self, request: urllib.request.Request, response: Any) -> Any:
+            if request.selector.endswith("/run"):
+                client.close()
+            return response
+
+    more: dict[str, Any] = {"outputs": ["a"]} if what == "outputs" else {"files": {"a": b""}, "persist": True}
+    with Host(lambda _: [answer({**RUN, "path": "x"})]) as host:
+        client = BoxerClient(host.url, handlers=[Closing()])
+        got = outcome(client, ("run", ("image", ["true"]), more))
+    if what == "outputs":
+        assert is_expected(got, lost("the client was closed")) and got.result == RESULT
+    else:
+        assert got == RESULT
+
+
+def test_what_goes_wrong_with_an_output_is_no_fault_of_the_client_s(tmp_path: Path) -> None:
+    class Broken(urllib.request.BaseHandler):
+        """Has a fault of its own."""
+
+        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+            if "/files" in request.selector:
+                raise RuntimeError("a fault of mine")
+            return request
+
+    with Host(Kept({"a": b""})) as host, BoxerClient(host.url, handlers=[Broken()]) as client:
+        got = pytest.raises(RuntimeError, client.run, "image", ["true"], outputs=["a"])
+    assert str(got.value) == "a fault of mine"
+
+
+def test_uploads_that_begin_after_their_run_was_given_up_are_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(50):
+        (tmp_path / "many" / str(number)).touch()
+    begun = threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        if request.line.startswith("POST /files"):
+            begun.set()
+            return [Do.DRAIN]
+        return [RAN]
+
+    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"many": tmp_path / "many"})]
+    with Host(respond) as host, BoxerClient(host.url, retries=0) as client:
+        outcomes = client.run_many(requests, concurrency=2)
+        assert next(outcomes)[1] == RESULT
+        assert begun.wait(30)
+        outcomes.close()
+    assert len([request for request in host.seen if request.line.startswith("POST /files")]) <= 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
