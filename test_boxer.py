@@ -12571,9 +12571,9 @@ def test_what_a_signal_handler_raises_leaves_a_download_of_outputs_as_it_is(tmp_
                 raise TimeoutError("my own")
             return request
 
-    with Host(Kept({"a": b""})) as host, BoxerClient(host.url, handlers=[Raising()]) as client:
-        got = pytest.raises(TimeoutError, client.run, "image", ["true"], output_dir=tmp_path / "x")
-    assert str(got.value) == "my own"
+    kept, error = Kept({"a": b""}), pytest.raises(TimeoutError, match="my own")
+    with Host(kept) as host, BoxerClient(host.url, handlers=[Raising()]) as client, error:
+        client.run("image", ["true"], output_dir=tmp_path / "x")
 
 
 @pytest.mark.parametrize("what", ["outputs", "removal"])
@@ -12605,9 +12605,9 @@ def test_what_goes_wrong_with_an_output_is_no_fault_of_the_client_s(tmp_path: Pa
                 raise RuntimeError("a fault of mine")
             return request
 
-    with Host(Kept({"a": b""})) as host, BoxerClient(host.url, handlers=[Broken()]) as client:
-        got = pytest.raises(RuntimeError, client.run, "image", ["true"], outputs=["a"])
-    assert str(got.value) == "a fault of mine"
+    kept, error = Kept({"a": b""}), pytest.raises(RuntimeError, match="a fault of mine")
+    with Host(kept) as host, BoxerClient(host.url, handlers=[Broken()]) as client, error:
+        client.run("image", ["true"], outputs=["a"])
 
 
 def test_uploads_that_begin_after_their_run_was_given_up_are_not_sent(tmp_path: Path) -> None:
