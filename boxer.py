@@ -2246,6 +2246,7 @@ class _Client:
         self._host = _host_and_port(self._origin.authority, 0)[0]
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
+        self._opened: Callable[..., Any] = _opened  # the command line counts what is read
         self._is_closed = False
         self._needs_closing = True
         self._token = os.urandom(8).hex()  # its copies in other processes have the same
@@ -2465,8 +2466,6 @@ class _Client:
         self._check_open()
         workers = self._new_workers(attempt, _whole_number("concurrency", concurrency, least=1))
         return _each(workers, requests, is_ordered)
-
-    _opened: Callable[..., Any] = staticmethod(_opened)  # the command line counts what is read
 
     # What each client has in its own way.
 
