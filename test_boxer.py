@@ -12610,6 +12610,33 @@ def test_what_goes_wrong_with_an_output_is_no_fault_of_the_client_s(tmp_path: Pa
         client.run("image", ["true"], outputs=["a"])
 
 
+def test_a_file_object_stands_for_one_file(client_of: Clients) -> None:
+    file = io.BytesIO(b"content")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="under two names"):
+        client_of(peer.url).run("image", ["true"], files={"a": file, "b": file})
+
+
+def test_a_run_that_was_given_up_before_its_uploads_sends_none_of_them() -> None:
+    class Slow(io.BytesIO):
+        """Is asked for nothing first, and then takes its time."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            if size == 0:
+                begun.set()
+                assert go_on.wait(30)
+            return super().read(size)
+
+    begun, go_on = threading.Event(), threading.Event()
+    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"a": Slow(b"a"), "b": b"b"})]
+    with Host(lambda _: [RAN]) as host, BoxerClient(host.url) as client:
+        outcomes = client.run_many(requests, concurrency=2)
+        assert next(outcomes)[1] == RESULT
+        assert begun.wait(30)
+        threading.Timer(0.3, go_on.set).start()  # once closing has begun, which waits for the run
+        outcomes.close()
+    assert [request.line for request in host.seen] == ["POST /run HTTP/1.1"]
+
+
 def test_uploads_that_begin_after_their_run_was_given_up_are_not_sent(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     for number in range(50):
