@@ -3537,13 +3537,13 @@ def test_a_status_decides_the_class_of_the_error(client_of: Clients, status: int
             assert caught.value.status_code == status
 
 
-NODE = """/work/main.js:1
+NODE = """/code/main.js:1
 function f() { null.x } f()
                     ^
 
 TypeError: Cannot read properties of null (reading 'x')
-    at f (/work/main.js:1:21)
-    at Object.<anonymous> (/work/main.js:1:25)
+    at f (/code/main.js:1:21)
+    at Object.<anonymous> (/code/main.js:1:25)
     at Module._compile (node:internal/modules/cjs/loader:1521:14)
     at Module._extensions..js (node:internal/modules/cjs/loader:1623:10)
     at Module.load (node:internal/modules/cjs/loader:1266:32)
@@ -3585,7 +3585,7 @@ GROUP = """  + Exception Group Traceback (most recent call last):
     +------------------------------------
 """
 TASK_GROUP = """  + Exception Group Traceback (most recent call last):
-  |   File "/work/main.py", line 8, in <module>
+  |   File "/code/main.py", line 8, in <module>
   |     asyncio.run(main())
   |   File "/usr/local/lib/python3.12/asyncio/runners.py", line 194, in run
   |     return runner.run(main)
@@ -3598,12 +3598,12 @@ TASK_GROUP = """  + Exception Group Traceback (most recent call last):
   | ExceptionGroup: unhandled errors in a TaskGroup (2 sub-exceptions)
   +-+---------------- 1 ----------------
     | Traceback (most recent call last):
-    |   File "/work/main.py", line 3, in fail
+    |   File "/code/main.py", line 3, in fail
     |     raise error
     | ValueError: first
     +---------------- 2 ----------------
     | Traceback (most recent call last):
-    |   File "/work/main.py", line 3, in fail
+    |   File "/code/main.py", line 3, in fail
     |     raise error
     | TypeError: second
     +------------------------------------
@@ -11604,7 +11604,7 @@ def test_a_run_with_files_keeps_the_working_directory_that_is_given(client_of: C
 @of_the_stand_in
 def test_runs_at_once_with_the_same_names_never_mix(client_of: Clients) -> None:
     calls: list[Any] = [
-        ("run", (PYTHON, ["cat", "a/b", "/dev/stdin"]), {"files": {"a/b": f"{number} "}, "input": f"{number}"})
+        ("run", (PYTHON, ["cat", "a/b", "-"]), {"files": {"a/b": f"{number} "}, "input": f"{number}"})
         for number in range(8)
     ]
     with own_server(race=1 / 3) as server:
