@@ -189,7 +189,6 @@ _RECEIVE_SIZE = 64 * 1024  # bytes to receive at a time; a TLS record, of at mos
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100  # fields of a head, or of a trailer section
 _INTERIM_LIMIT = 20  # 1xx responses before the final one
-_LOADED_LIMIT = 8  # clients that are kept since a pickle of theirs was loaded
 _HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
 _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
@@ -212,6 +211,9 @@ _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
 _PROGRESS_PAUSE = 0.1  # between two looks how far it is
+
+# Of what is kept.
+_LOADED_LIMIT = 8  # clients whose pickles were loaded
 
 # Of tries.
 _RACE_TRIES = 15  # after the server lost an output: one try in three meets that, so one call in 10^7 uses up 15
@@ -378,12 +380,8 @@ def _files(files: Any) -> Any:
     """Check paths in the server's store, or a mapping from names in the run's own folder to content."""
     if not isinstance(files, Mapping):
         return tuple([_path("a path in files", path) for path in _texts("files", files)])
-    names = {_clean_path("each name in files", name) for name in files}
+    names = {_relative_path("each name in files", name) for name in files}
     for name in names:
-        if "" in name.split("/"):
-            raise BoxerValidationError(
-                f"each name in files must be relative and have no empty segment, as {name!r} has"
-            )
         if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
             raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
     objects = [id(content) for content in files.values() if hasattr(content, "read")]
@@ -408,10 +406,7 @@ def _output_names(outputs: Any) -> Any:
 
 def _output_name(name: str, path: Any) -> str:
     """Return the path of an output below /output."""
-    below = _path(name, re.sub(r"\A/output/", "", _clean_path(name, path)))
-    if "" in below.split("/"):
-        raise BoxerValidationError(f"{name} must be relative, or begin with /output/, and have no empty segment")
-    return below
+    return _relative_path(name, re.sub(r"\A/output/", "", _path(name, path)))
 
 
 def _check_shell_names(env: Any) -> None:
@@ -429,9 +424,18 @@ def _path(name: str, path: Any) -> str:
 
 def _clean_path(name: str, path: Any) -> str:
     """Check a path below a folder: it must not lead out of it."""
-    if {".", ".."} & set(_path(name, path).split("/")):
+    checked = _path(name, path)
+    if {".", ".."} & set(checked.split("/")):
         raise BoxerValidationError(f"{name} must have no '.' or '..' segment, as {path!r} has")
-    return _path(name, path)
+    return checked
+
+
+def _relative_path(name: str, path: Any) -> str:
+    """Check a path of a file below a folder: it must name one, and only one way."""
+    checked = _clean_path(name, path)
+    if "" in checked.split("/"):
+        raise BoxerValidationError(f"{name} must be relative and have no empty segment, as {path!r} has")
+    return checked
 
 
 @dataclass(repr=False)
@@ -631,8 +635,6 @@ class _Request(NamedTuple):
 
 _HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
 _RUN_MEMBERS = ("image", "cmd", "env", "cwd", "limits", "files", "persist", "network")
 
 
@@ -878,8 +880,8 @@ class _Plan:
             own += _folders_of(own)
             files, cwd = (own if len(own) <= _MOUNT_LIMIT else [folder]) if own else [], cwd or f"/{folder}"
         # The server removes what a run names when that ends with a result; but outputs are to be kept.
-        self.persist = bool(run.persist or run.outputs or lists_outputs)
-        self.is_removed = not self.persist and (not self.uploads or files != [folder])
+        persist = bool(run.persist or run.outputs or lists_outputs)
+        self.server_removes = not persist and (not self.uploads or files != [folder])
         if run.input is not None:
             text = _short_text(run.input)
             if text is None:
@@ -890,7 +892,7 @@ class _Plan:
             cmd = ("/bin/sh", "-c", script, "sh", argument, *cmd)
         if lists_outputs:
             cmd = ("/bin/sh", "-c", _WITH_LIST.replace("NAME", self.list_name), "sh", *cmd)
-        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=self.persist, input=None, outputs=(), tag=None)
+        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=persist, input=None, outputs=(), tag=None)
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
@@ -1544,7 +1546,6 @@ class _Decoder:
     response: _Response | None = None
     is_complete = False
     size = 0  # bytes of content so far
-    saved = 0  # how many of them were written to a sink
     received = 0  # bytes in all
     _data = b""  # what has arrived,
     _at = 0  # and how much of it is decoded
@@ -1553,7 +1554,7 @@ class _Decoder:
 
     def __init__(self, content_limit: float, is_tunnel: bool = False) -> None:
         self._content_limit = content_limit
-        self.is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
+        self._is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
 
     @property
     def is_reusable(self) -> bool:
@@ -1585,10 +1586,15 @@ class _Decoder:
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
         head, content = _HEADS[data[:end]], data[end + 4 :]
-        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self.is_tunnel:
+        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of content that have come, and were not taken."""
+        return self._content.tell()
 
     def take(self) -> bytes:
         """Return what has come of the content, and forget it."""
@@ -1621,7 +1627,7 @@ class _Decoder:
         try:
             if head.is_chunked:
                 yield from self._chunked_content()
-            elif not (self.is_tunnel and response.is_success):
+            elif not (self._is_tunnel and response.is_success):
                 yield from self._sized_content(head.length)
         except _ContentLimit:
             response.is_cut, self._head = True, head._replace(keeps_alive=False)
@@ -1692,14 +1698,14 @@ def _check_protocol(begin: bytes) -> None:
         raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
 
 
-class _Cache(dict[Any, Any]):
-    """A dict that pickles as empty, since cloudpickle may pickle this module by value."""
+class _PicklesEmpty:
+    """A collection at module level whose content stays behind if cloudpickle pickles the module by value."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
-class _Heads(_Cache):
+class _Heads(_PicklesEmpty, dict[bytes, _Head]):
     """Decoded heads, kept since a server's heads are often identical until the Date changes."""
 
     def __missing__(self, data: bytes) -> _Head:
@@ -1784,9 +1790,6 @@ class _ConnectionEnd(Exception):  # noqa: N818 - an end need not be an error
         self.loss = loss
 
 
-_EXCHANGE = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
-
-
 class _Connection:
     """A connection, and what is said over it. Each client has its own way to wait, in the verbs at the end."""
 
@@ -1856,14 +1859,16 @@ class _Connection:
                 is_whole = await self._upload(head, body, decoder)
                 call.deadline.start_again("complete answer")
             response = await self._receive_response(decoder)
+            await self._save(decoder)
             code = str(response.code)
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.sent > 0) from error.__cause__ or error
         finally:
             call.was_sent = call.was_sent or self.sent > 0
             if _LOG.isEnabledFor(logging.DEBUG):
-                seconds = time.monotonic() - began
-                _LOG.debug(_EXCHANGE, call.request.name, code, self.sent, decoder.received, seconds, call.tries)
+                figures = self.sent, decoder.received, time.monotonic() - began, call.tries
+                text = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
+                _LOG.debug(text, call.request.name, code, *figures)
         is_whole = is_whole and self.all_is_taken
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
@@ -1898,7 +1903,7 @@ class _Connection:
                 if call.request.kind is _Kind.DOWNLOAD and decoder.size > size and decoder.is_success:
                     size = decoder.size
                     call.deadline.start_again("progress")
-                    await self._save(decoder, _PIECE)
+                    await self._save(decoder)
                 elif call.deadline.left <= 0:  # what has arrived by the deadline counts
                     late_end = min(late_end, time.monotonic() + _LATE_TIME)
                     if time.monotonic() >= late_end:
@@ -1907,12 +1912,10 @@ class _Connection:
             call.check(self.peer)
             self._decode_end(decoder, end.loss)
         assert decoder.response is not None
-        if not decoder.is_tunnel:
-            await self._save(decoder, 0)
         return decoder.response
 
-    async def _save(self, decoder: _Decoder, least: int) -> None:
-        """Write what has come of a whole file to the sink of the request, if there is one, and so much has come."""
+    async def _save(self, decoder: _Decoder) -> None:
+        """Write what has come of a whole file to the request's sink, if it has one: piece by piece, and the rest."""
         sink, response = self.call.request.sink, decoder.response
         if sink is None or response is None or not response.is_plain:
             return
@@ -1920,8 +1923,7 @@ class _Connection:
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
-        elif decoder.size - decoder.saved >= least:
-            decoder.saved = decoder.size
+        elif decoder.waiting >= _PIECE:
             await self.write(sink, decoder.take())
             self.call.deadline.start_again("progress")
 
@@ -2199,11 +2201,8 @@ class _Pool(Generic[_C]):
     pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
 
 
-class _Pools(weakref.WeakSet):  # type: ignore[type-arg]
-    """All pools of the process. It pickles as empty, since cloudpickle may pickle this module by value."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Pools, ()
+class _Pools(_PicklesEmpty, weakref.WeakSet):  # type: ignore[type-arg]
+    """All pools of the process."""
 
 
 _POOLS = _Pools()
@@ -2233,9 +2232,8 @@ class _Client:
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
         self._settings: dict[str, Any] = {
-            "base_url": os.environ.get("BOXER_URL")
-            if base_url is None
-            else base_url,  # a pickle goes to the same server
+            # A pickle goes to the same server, whatever the environment is where it is loaded.
+            "base_url": os.environ.get("BOXER_URL") if base_url is None else base_url,
             "timeout": _seconds("timeout", timeout),
             "retries": _whole_number("retries", retries),
             "max_connections": _whole_number("max_connections", max_connections, least=1),
@@ -2270,6 +2268,11 @@ class _Client:
         if self._is_closed:
             raise RuntimeError(f"{self!r} is closed")
 
+    def _options(self, timeout: Timeout = _OWN, retries: int | None = None) -> _Options:
+        """Begin a call of a public method. A client that is closed later ends it with BoxerConnectionError."""
+        self._check_open()
+        return _Options(timeout, retries)
+
     def _new_call(self, request: _Request, options: _Options) -> _Call:
         timeout = options.timeout
         seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
@@ -2277,7 +2280,6 @@ class _Client:
 
     async def _exchange(self, request: _Request, interpret: Callable[[_Response], _T], options: _Options) -> _T:
         """Send a request, again if that is called for, and interpret the last response."""
-        self._check_open()
         if options.retries is not None:
             retries = _whole_number("retries", options.retries)
         else:
@@ -2287,7 +2289,7 @@ class _Client:
         asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
         try:
-            if pool.is_closed:  # `close` ends the calls that had begun before
+            if self._is_closed or pool.is_closed:  # `close` ends the calls that had begun before
                 raise BoxerConnectionError("the client was closed", request_sent=False)
             response = await self._last_response(pool, call, tries)
             response.asked = asked
@@ -2321,7 +2323,7 @@ class _Client:
             call.check(call.request.name)
 
     async def _wait_until_ready(self, timeout: float | None) -> None:
-        call, pool, pause = self._new_call(_HEALTH_REQUEST, _Options(timeout)), self._current_pool(), 0.05
+        call, pool, pause = self._new_call(_HEALTH_REQUEST, self._options(timeout)), self._current_pool(), 0.05
         pool.calls.add(call)  # so that `close` ends a pause
         try:
             while True:
@@ -2363,19 +2365,29 @@ class _Client:
         return [path for path, _ in uploads]
 
     async def _run(
-        self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None = None
+        self,
+        run: RunRequest,
+        options: _Options,
+        output_dir: str | os.PathLike[str] | None = None,
+        check: bool = False,
     ) -> RunResult:
-        """Run a command, with all that goes before and after it: uploads, removals and downloads."""
+        """Run a command, with all that goes before and after it."""
         if not isinstance(run, RunRequest):
             raise TypeError(f"a request must be a RunRequest, not {type(run).__name__}")
-        has_content = isinstance(run.files, dict) or run.input is not None
-        if not has_content and not run.outputs and output_dir is None:
-            return await self._exchange(_run_request(run), _run_result, options)
+        if isinstance(run.files, dict) or run.input is not None or run.outputs or output_dir is not None:
+            result = await self._run_planned(run, options, output_dir)
+        else:
+            result = await self._exchange(_run_request(run), _run_result, options)
+        return result.check() if check else result
+
+    async def _run_planned(
+        self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None
+    ) -> RunResult:
+        """Upload what a run needs, run it, remove what is left, and fetch its outputs."""
         if output_dir is not None:
             if run.outputs:
                 raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
             _check_shell_names(run.env)
-        self._check_open()
         plan: _Plan = await self._do_blocking(_Plan, run, run.outputs is True or output_dir is not None)
         try:
             await self._upload_all(plan.uploads, options, plan)
@@ -2385,9 +2397,13 @@ class _Client:
             if not is_lost:  # else what was sent may still be in use
                 await self._remove(plan, options)
             raise
-        if not plan.is_removed:
+        if not plan.server_removes:
             await self._remove(plan, options)
-        await self._add_outputs(result, plan, output_dir, options)
+        try:
+            await self._fetch_outputs(result, plan, output_dir, options)
+        except BoxerError as error:
+            error.result = result
+            raise
         return result
 
     async def _remove(self, plan: _Plan, options: _Options) -> None:
@@ -2397,23 +2413,8 @@ class _Client:
             left = max(_TIMER_STEP, deadline.left)
             try:
                 await self._exchange(_run_request(run), _run_result, _Options(left, 2, options.cancellation))
-            except (BoxerError, RuntimeError) as error:  # the latter: the client has been closed meanwhile
+            except BoxerError as error:
                 _LOG.debug("files of a run were left on the server: %s", error)
-
-    async def _add_outputs(
-        self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
-    ) -> None:
-        try:
-            await self._fetch_outputs(result, plan, output_dir, options)
-        except BoxerError as error:
-            error.result = result
-            raise
-        except RuntimeError as error:
-            if not self._is_closed:
-                raise
-            closed = BoxerConnectionError("the client was closed", request_sent=False)
-            closed.result = result
-            raise closed from error
 
     async def _fetch_outputs(
         self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
@@ -2463,7 +2464,6 @@ class _Client:
                     raise  # no connection can be made any more: this goes for all that follow, too
                 return error
 
-        self._check_open()
         workers = self._new_workers(attempt, _whole_number("concurrency", concurrency, least=1))
         return _each(workers, requests, is_ordered)
 
@@ -2476,15 +2476,16 @@ class _Client:
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
-class _Originals(weakref.WeakValueDictionary):  # type: ignore[type-arg]
-    """The clients that pickles in this process stand for, by token. It pickles as empty, as a _Cache does."""
+class _Originals(_PicklesEmpty, weakref.WeakValueDictionary):  # type: ignore[type-arg]
+    """The clients that pickles in this process stand for, by token."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Originals, ()
+
+class _Loaded(_PicklesEmpty, dict[str, _Client]):
+    """Those of them that were made from a pickle: they are kept, since nothing else keeps them."""
 
 
 _ORIGINALS = _Originals()
-_LOADED = _Cache()  # those that were made from a pickle: they are kept, since nothing else does
+_LOADED = _Loaded()
 
 
 def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
@@ -2924,7 +2925,7 @@ class BoxerClient(_Client):
 
     def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, _Options(timeout, retries)))
+        return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, self._options(timeout, retries)))
 
     def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
         """Ask for the server's health, with growing pauses, until it is well.
@@ -2977,8 +2978,7 @@ class BoxerClient(_Client):
         the run has ended but its outputs cannot be had, the BoxerError has it as `result`.
         """
         request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs, tag)
-        result = _run_to_completion(self._run(request, _Options(timeout, retries), output_dir))
-        return result.check() if check else result
+        return _run_to_completion(self._run(request, self._options(timeout, retries), output_dir, check))
 
     def send(
         self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
@@ -2988,8 +2988,7 @@ class BoxerClient(_Client):
         A client, its requests, results and errors can be pickled, so `executor.map(client.send, requests)` works with
         processes on this machine and others.
         """
-        result = _run_to_completion(self._run(request, _Options(timeout, retries)))
-        return result.check() if check else result
+        return _run_to_completion(self._run(request, self._options(timeout, retries), check=check))
 
     def run_many(
         self,
@@ -3009,7 +3008,7 @@ class BoxerClient(_Client):
         Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
         finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
         """
-        results = self._run_many(iter(requests), concurrency, ordered, _Options(timeout, retries))
+        results = self._run_many(iter(requests), concurrency, ordered, self._options(timeout, retries))
         return _blocking_iterator(results)
 
     def upload_file(
@@ -3024,7 +3023,7 @@ class BoxerClient(_Client):
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
         request = _upload_request(remote_path, content)
-        _run_to_completion(self._exchange(request, _check_uploaded, _Options(timeout, retries)))
+        _run_to_completion(self._exchange(request, _check_uploaded, self._options(timeout, retries)))
 
     def upload_path(
         self,
@@ -3045,13 +3044,14 @@ class BoxerClient(_Client):
         leaves the folder, leads nowhere, or leads to a folder. Several files are sent at a time; each has a
         deadline of its own.
         """
-        self._check_open()
-        files = _local_files(local_path, remote_path, exclude)
-        return _run_to_completion(self._upload_all(files, _Options(timeout, retries)))
+        options = self._options(timeout, retries)
+        return _run_to_completion(self._upload_all(_local_files(local_path, remote_path, exclude), options))
 
     def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return _run_to_completion(self._exchange(_download_request(path), _file_content, _Options(timeout, retries)))
+        return _run_to_completion(
+            self._exchange(_download_request(path), _file_content, self._options(timeout, retries))
+        )
 
     def download_path(
         self,
@@ -3065,7 +3065,7 @@ class BoxerClient(_Client):
 
         It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
         """
-        _run_to_completion(self._download_path(path, local_path, _Options(timeout, retries)))
+        _run_to_completion(self._download_path(path, local_path, self._options(timeout, retries)))
 
     async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -3577,7 +3577,7 @@ class AsyncBoxerClient(_Client):
 
     async def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
-        return await self._exchange(_HEALTH_REQUEST, _is_success, _Options(timeout, retries))
+        return await self._exchange(_HEALTH_REQUEST, _is_success, self._options(timeout, retries))
 
     async def wait_until_ready(self, timeout: Optional[float] = 60.0) -> None:
         """Ask for the server's health, with growing pauses, until it is well.
@@ -3613,15 +3613,13 @@ class AsyncBoxerClient(_Client):
         to fetch them into, and `check` to raise BoxerExitError if the exit code is not 0. A cancelled run is killed.
         """
         request = RunRequest(image, cmd, env, cwd, limits, files, persist, network, input, outputs, tag)
-        result = await self._run(request, _Options(timeout, retries), output_dir)
-        return result.check() if check else result
+        return await self._run(request, self._options(timeout, retries), output_dir, check)
 
     async def send(
         self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
     ) -> RunResult:
         """Run what a RunRequest asks for, and return what came of it, as `run` does."""
-        result = await self._run(request, _Options(timeout, retries))
-        return result.check() if check else result
+        return await self._run(request, self._options(timeout, retries), check=check)
 
     def run_many(
         self,
@@ -3640,7 +3638,7 @@ class AsyncBoxerClient(_Client):
         Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
         finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
         """
-        return self._run_many(requests, concurrency, ordered, _Options(timeout, retries))
+        return self._run_many(requests, concurrency, ordered, self._options(timeout, retries))
 
     async def upload_file(
         self, remote_path: str, content: Content, *, timeout: Timeout = _OWN, retries: Optional[int] = None
@@ -3652,7 +3650,7 @@ class AsyncBoxerClient(_Client):
 
         Raises TypeError for a file in text mode, BoxerError if a file changes its size while it is sent.
         """
-        await self._exchange(_upload_request(remote_path, content), _check_uploaded, _Options(timeout, retries))
+        await self._exchange(_upload_request(remote_path, content), _check_uploaded, self._options(timeout, retries))
 
     async def upload_path(
         self,
@@ -3669,13 +3667,12 @@ class AsyncBoxerClient(_Client):
         are sent at a time. Raises BoxerValidationError, before anything is sent, for what is neither file nor folder,
         and for a link that leaves the folder, leads nowhere, or leads to a folder.
         """
-        self._check_open()
-        files = await self._do_blocking(_local_files, local_path, remote_path, exclude)
-        return await self._upload_all(files, _Options(timeout, retries))
+        options = self._options(timeout, retries)
+        return await self._upload_all(await self._do_blocking(_local_files, local_path, remote_path, exclude), options)
 
     async def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
-        return await self._exchange(_download_request(path), _file_content, _Options(timeout, retries))
+        return await self._exchange(_download_request(path), _file_content, self._options(timeout, retries))
 
     async def download_path(
         self,
@@ -3689,7 +3686,7 @@ class AsyncBoxerClient(_Client):
 
         It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
         """
-        await self._download_path(path, local_path, _Options(timeout, retries))
+        await self._download_path(path, local_path, self._options(timeout, retries))
 
     async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._new_call(_HEALTH_REQUEST, _Options(None)), function, *args)
