@@ -1130,7 +1130,7 @@ def _json_object(response: _Response) -> dict[str, Any]:
         return _decoded_json_object(content)
     except ValueError as error:
         shown = f"begins with {_printable(content[:80].decode('utf-8', 'replace'))!r}" if content else "is empty"
-        message = f"the answer is not the JSON object it should be but {shown}; {_doubt(response)}"
+        message = f"the answer should be a JSON object, and {shown}; {_doubt(response)}"
         raise BoxerAPIError(message, response.code) from error
 
 
@@ -1863,6 +1863,9 @@ class _Connection:
             code = str(response.code)
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.sent > 0) from error.__cause__ or error
+        except _ConnectionEnd as end:  # the deadline, or a cancellation, while the rest of a file was written
+            call.check(self.peer)
+            raise BoxerConnectionError(f"{self.peer}: {end.loss}", self.sent > 0) from end  # pragma: no cover
         finally:
             call.was_sent = call.was_sent or self.sent > 0
             if _LOG.isEnabledFor(logging.DEBUG):

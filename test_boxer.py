@@ -12556,6 +12556,24 @@ def test_nothing_is_written_once_the_call_is_over() -> None:
     assert slow.count == 1
 
 
+def test_a_file_that_takes_its_time_does_not_outlast_the_deadline() -> None:
+    class Stuck:
+        def write(self, content: Any) -> int:
+            assert go_on.wait(30)
+            return len(content)
+
+    async def main(target: Any) -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            with contextlib.ExitStack() as stack:
+                stack.callback(go_on.set)
+                stack.enter_context(pytest.raises(BoxerTimeoutError, match=r"within 0\.3 s; the client gave up"))
+                await client.download_path("a", target, timeout=0.3)
+
+    go_on = threading.Event()
+    with Host(lambda _: [answer(b"content")]) as host:
+        asyncio.run(main(Stuck()))
+
+
 def test_an_output_that_lies_too_deep_is_an_error_with_the_result(client_of: Clients, tmp_path: Path) -> None:
     with Host(Kept({"/".join("x" * 70): b""})) as host:
         got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
