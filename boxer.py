@@ -2498,9 +2498,9 @@ def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
         original = kind(**settings)
         original._token, original._needs_closing = token, False  # noqa: SLF001
         _ORIGINALS[token] = original
-        while len(_LOADED) >= _LOADED_LIMIT:
-            _LOADED.pop(next(iter(_LOADED)), None)
         _LOADED[token] = original
+        for surplus in list(_LOADED)[:-_LOADED_LIMIT]:
+            _LOADED.pop(surplus, None)
     client = object.__new__(kind)
     client.__dict__.update(original.__dict__, _original=original)
     return client
@@ -3704,10 +3704,11 @@ class AsyncBoxerClient(_Client):
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None or pool.is_closed:
-            for other, stale in list(self._pools.items()):
+            for other in list(self._pools):  # of keys: to copy items makes tuples, which lets other threads run
                 if other is loop or not other.is_running():
-                    self._pools.pop(other, None)  # another thread may have been here
-                    stale.abandon()
+                    stale = self._pools.pop(other, None)  # another thread may have been here
+                    if stale is not None:
+                        stale.abandon()
             pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"], self._origin)
         return pool
 
