@@ -3201,8 +3201,8 @@ def test_the_store_can_be_looked_into() -> None:
 
 
 @of_the_stand_in
-def test_a_file_of_two_gibibytes_passes_through_the_stand_in_without_being_in_memory(large_store: StandIn) -> None:
-    piece, size = b"x" * MIB, 2 << 30
+def test_a_large_file_passes_through_the_stand_in_without_being_in_memory(large_store: StandIn) -> None:
+    piece, size = b"x" * MIB, 256 * MIB
     head, _, ending = post_file("large", b"CONTENT").partition(b"CONTENT")
     head = re.sub(rb"(?<=Content-Length: )\d+", lambda match: b"%d" % (int(match[0]) - 7 + size), head)
     with Wire(large_store.url) as wire:
@@ -6395,7 +6395,7 @@ def in_rows(client: Any, rows: Sequence[Sequence[Call]]) -> list[list[Any]]:
         return list(executor.map(lambda calls: [do(client, call) for call in calls], rows))
 
 
-@pytest.mark.parametrize(("connections", "calls"), [(32, 6_400), (5, 3_200)])
+@pytest.mark.parametrize(("connections", "calls"), [(32, 1_600), (5, 1_600)])
 def test_callers_who_make_thousands_of_calls_get_their_own_answers(
     client_of: Clients, connections: int, calls: int
 ) -> None:
@@ -7181,12 +7181,12 @@ def test_the_race_has_tries_of_its_own(
 
 
 def test_a_third_of_runs_lost_to_the_race_is_no_failure(client_of: Clients) -> None:
-    tokens = [str(number) for number in range(1000)]
+    tokens = [str(number) for number in range(300)]
     with Swift(sandbox=NoSandbox(), race=1 / 3) as server:
         client = client_of(server.url, max_connections=8)
         results = gather(client, [("run", ("image", ["echo", token]), {}) for token in tokens])
         assert [result.stdout for result in results] == [f"{token}\n" for token in tokens]
-        assert server.runs_lost > 250 and server.connections <= 8
+        assert server.runs_lost > 75 and server.connections <= 8
 
 
 def exchanges(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -8521,7 +8521,7 @@ def test_threads_that_take_turns_at_few_connections_all_get_theirs(hasty_threads
         BoxerClient(host.url, max_connections=2) as client,
         ThreadPoolExecutor(16) as some,
     ):
-        assert {*some.map(lambda _: type(outcome(client, RUN_IT)), range(6_000))} == {RunResult}
+        assert {*some.map(lambda _: type(outcome(client, RUN_IT)), range(2_000))} == {RunResult}
 
 
 def test_threads_with_loops_of_their_own_do_not_disturb_each_other_when_they_leave_loops_behind(
@@ -11742,13 +11742,10 @@ LEAVINGS: list[tuple[str, dict[str, Any], Any]] = [
 
 @in_a_sandbox
 @of_the_stand_in
-@pytest.mark.parametrize("race", [0.0, 1 / 3], ids=["no race", "a third lost"])
 @pytest.mark.parametrize(("arguments", "error"), [row[1:] for row in LEAVINGS], ids=[row[0] for row in LEAVINGS])
-def test_nothing_of_a_run_s_own_files_is_left_after(
-    client_of: Clients, arguments: dict[str, Any], error: Any, race: float
-) -> None:
+def test_nothing_of_a_run_s_own_files_is_left_after(client_of: Clients, arguments: dict[str, Any], error: Any) -> None:
     arguments = {"files": {"main.py": b"", "a/b/c": "text"}, **arguments}
-    with own_server(race=race, output_limit=65536) as server:
+    with own_server(race=1 / 3, output_limit=65536) as server:
         with pytest.raises(error) if error else contextlib.nullcontext():
             client_of(server.url).run(PYTHON, **arguments)
         assert server.store.uploads() == []
@@ -12149,7 +12146,7 @@ SPIES = {
     ),
     "no shell": "os.kill(os.getppid(), 9)",
     "no way to list": "os.chmod('/output', 0o300)",
-    "many names": "[open(f'/output/{n}', 'w').close() for n in range(2000)]",
+    "many names": "[open(f'/output/{n}', 'w').close() for n in range(300)]",
 }
 
 
@@ -13020,7 +13017,7 @@ def test_requests_and_results_that_are_done_with_are_let_go(client_of: Clients) 
     alive: Any = weakref.WeakSet()
 
     def source() -> Iterator[RunRequest]:
-        for request in numbered(2_000):
+        for request in numbered(400):
             alive.add(request)
             yield request
 
@@ -13472,7 +13469,7 @@ def test_the_demo_of_the_readme_needs_no_package() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.skipif(not (HERE / ".bench").is_dir(), reason="the soak is not here")
 def test_a_short_soak_finds_nothing() -> None:
-    program = [sys.executable, "-W", "error", ".bench/soak.py", "--minutes", "0.05"]
+    program = [sys.executable, "-W", "error", ".bench/soak.py", "--minutes", "0.02"]
     # What it covers is not counted, since counting slows it down.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     environment["BOXER_URL"] = ""
