@@ -12657,10 +12657,10 @@ def test_a_run_that_was_given_up_before_its_uploads_sends_none_of_them() -> None
 
     begun, go_on = threading.Event(), threading.Event()
     requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"a": Slow(b"a"), "b": b"b"})]
-    with Host(lambda _: [RAN]) as host, BoxerClient(host.url) as client:
+    # The first run ends once the second one has begun.
+    with Host(lambda _: [lambda: begun.wait(30), RAN]) as host, BoxerClient(host.url) as client:
         outcomes = client.run_many(requests, concurrency=2)
-        assert next(outcomes)[1] == RESULT
-        assert begun.wait(30)
+        assert next(outcomes)[1] == RESULT and begun.is_set()
         threading.Timer(0.3, go_on.set).start()  # once closing has begun, which waits for the run
         outcomes.close()
     assert [request.line for request in host.seen] == ["POST /run HTTP/1.1"]
