@@ -2466,6 +2466,12 @@ class _Client:
                 if isinstance(error, BoxerConnectionError) and not error.request_sent:
                     raise  # no connection can be made any more: this goes for all that follow, too
                 return error
+            except OSError as error:
+                if not _is_of_the_system(error):
+                    raise
+                failure = BoxerError(str(error))  # a local file cannot be read: that goes for this run alone
+                failure.__cause__ = error
+                return failure
 
         workers = self._new_workers(attempt, _whole_number("concurrency", concurrency, least=1))
         return _each(workers, requests, is_ordered)
@@ -3009,7 +3015,8 @@ class BoxerClient(_Client):
             yield as they end.
 
         Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
-        finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
+        finished, and raises BoxerConnectionError. What `requests` raises is raised, too. A local file that cannot be
+        read is a BoxerError of its run, with the OSError as `__cause__`.
         """
         results = self._run_many(iter(requests), concurrency, ordered, self._options(timeout, retries))
         return _blocking_iterator(results)
@@ -3639,7 +3646,8 @@ class AsyncBoxerClient(_Client):
         the order of the requests, and at most 4 * `concurrency` results wait; with `ordered=False`, as they end.
 
         Leaving the loop ends the runs that are going on. When no connection can be made any more, it yields what had
-        finished, and raises BoxerConnectionError. What `requests` raises is raised, too.
+        finished, and raises BoxerConnectionError. What `requests` raises is raised, too. A local file that cannot be
+        read is a BoxerError of its run, with the OSError as `__cause__`.
         """
         return self._run_many(requests, concurrency, ordered, self._options(timeout, retries))
 

@@ -12824,14 +12824,23 @@ def test_one_failure_does_not_stop_the_rest(client_of: Clients, clock: Clock) ->
     assert list(outcomes) == list(range(30))
 
 
-def test_a_checked_failure_of_a_run_s_own_files_is_that_run_s_error_alone(client_of: Clients, tmp_path: Path) -> None:
-    """What is wrong with one request's local files is raised: it is no fault of a server."""
-    requests = [
-        RunRequest("i", ["a"]),
-        RunRequest("i", ["a"], files={"a": tmp_path / "missing"}),
-        RunRequest("i", ["a"]),
-    ]
-    with Host(lambda _: [RAN]) as host, pytest.raises(FileNotFoundError):
+def test_a_local_file_that_cannot_be_read_is_the_error_of_its_run_alone(client_of: Clients, tmp_path: Path) -> None:
+    files: list[Any] = [{}, {"a": tmp_path / "missing"}, {}]
+    requests = [RunRequest("i", ["a"], files=each) for each in files]
+    with Host(lambda _: [RAN]) as host:
+        first, second, third = (got for _, got in iterate(client_of(host.url), requests, concurrency=1))
+    assert (first, third) == (RESULT, RESULT)
+    assert type(second) is BoxerError and "missing" in str(second)
+    assert isinstance(second.__cause__, FileNotFoundError)
+
+
+def test_what_a_file_of_the_caller_raises_is_raised_by_many_runs(client_of: Clients) -> None:
+    class Odd(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            raise OSError("the caller's own")
+
+    requests = [RunRequest("i", ["a"]), RunRequest("i", ["a"], files={"a": Odd()})]
+    with Host(lambda _: [RAN]) as host, pytest.raises(OSError, match="the caller's own"):
         list(iterate(client_of(host.url), requests, concurrency=1))
 
 
