@@ -3,7 +3,7 @@
 """A user's program in which type checkers must find each mistake and nothing else: check_package.py has them look."""
 
 import boxer
-from boxer import AsyncBoxerClient, BoxerAPIError, BoxerClient, ResourceLimits, RunResult
+from boxer import AsyncBoxerClient, BoxerAPIError, BoxerClient, ResourceLimits, RunRequest, RunResult
 
 boxer.no_such_name()  # mistake
 client = BoxerClient(8080)  # mistake
@@ -24,9 +24,23 @@ text: str = client.download_file("a.txt")  # mistake
 code: str = client.run("image", ["true"]).exit_code  # mistake
 result: RunResult = client.health()  # mistake
 BoxerAPIError("no status code")  # mistake
+client.run("image", ["true"], files={"a": 5})  # mistake
+client.run("image", ["true"], input=5)  # mistake
+client.run("image", ["true"], outputs={"a": "b"}).outputs["a"].encode()  # mistake
+client.send("image")  # mistake
+client.run_many([5])  # mistake
+client.run_many([], concurrency="8")  # mistake
+client.download_path("a", 5)  # mistake
+client.upload_path("a", excluding=[".git"])  # mistake
+RunRequest("image", ["true"], inputs="1")  # mistake
+RunRequest("image", ["true"]).image = "other"  # mistake
+for _, outcome in client.run_many([]):
+    print(outcome.exit_code)  # mistake
 
 
 async def without_await(asynchronous: AsyncBoxerClient) -> str:
     paths: list[str] = asynchronous.upload_path("src")  # mistake
     with asynchronous:  # mistake
+        for _, _ in asynchronous.run_many([]):  # mistake
+            pass
         return (await asynchronous.run("image", ["true"])).stdoot + paths[0]  # mistake

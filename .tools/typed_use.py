@@ -2,9 +2,11 @@
 # pyright: strict
 """A user's program in which type checkers must find nothing: check_package.py has them look."""
 
+import io
 import pickle
 import ssl
 import urllib.request
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Optional, Union
 
@@ -64,6 +66,44 @@ async def run_async(request: RunRequest) -> Optional[RunResult]:
     except BoxerError as error:
         print(error)
     return None
+
+
+def requests() -> Iterator[RunRequest]:
+    yield RunRequest("image", ["true"], env={"A": "b"}, limits={"wall_clock_secs": 5}, tag=1)
+    yield RunRequest("image", ["true"], files={"a": b"bytes", "b": "text", "c": Path("src")}, input="1", outputs=["r"])
+
+
+async def requests_async() -> AsyncIterator[RunRequest]:
+    for request in requests():
+        yield request
+
+
+def run_many(client: BoxerClient) -> dict[str, bytes]:
+    client.wait_until_ready(5)
+    outputs: dict[str, bytes] = {}
+    for request, outcome in client.run_many(requests(), concurrency=4, ordered=False, retries=1):
+        if isinstance(outcome, RunResult):
+            outputs.update(outcome.outputs)
+        else:
+            print(request.tag, outcome.args)
+    with Path("model.bin").open("rb") as file:
+        client.run("image", ["cat"], files={"main.py": "print(1)", "model.bin": file}, input=b"1", outputs=True)
+    client.run("image", ["true"], output_dir=Path("results"), tag=("any", "thing"))
+    client.upload_path("src", exclude=[".git", "*.pyc"])
+    client.download_path("a", "b")
+    client.download_path("a", io.BytesIO(), timeout=None)
+    return {**outputs, **client.send(next(requests()), check=True).outputs}
+
+
+async def run_many_async(client: AsyncBoxerClient) -> int:
+    await client.wait_until_ready(timeout=None)
+    exit_codes = [(await client.send(request)).exit_code for request in requests()]
+    async for _, outcome in client.run_many(requests_async()):
+        exit_codes.append(outcome.exit_code if isinstance(outcome, RunResult) else -1)
+    async for request, _ in client.run_many(requests()):
+        print(request.image, request.cmd[0])
+    await client.download_path("a", io.BytesIO())
+    return sum(exit_codes)
 
 
 def survives(client: BoxerClient) -> BoxerClient:
