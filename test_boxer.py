@@ -1354,7 +1354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A stand-in for a Boxer server.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve_parser = commands.add_parser("serve", help="keep a server up until Ctrl-C")
-    serve_parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    serve_parser.add_argument("--port", type=int, default=0, metavar="N", help="default: any free one")
     serve_parser.add_argument("--unsafe", action="store_true", help="without a sandbox, run programs all the same")
     commands.add_parser("demo", help="start a server and walk through the client")
     options = parser.parse_args(arguments)
@@ -1362,7 +1362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in passed_over():
             print(line, file=sys.stderr, flush=True)
         return demo() if options.command == "demo" else serve(options.port, unsafe=options.unsafe)
-    except (OSError, ValueError) as error:  # BOXER_SANDBOX names none, or the port is taken
+    except (OSError, OverflowError, ValueError) as error:  # BOXER_SANDBOX names none; the port is taken, or is none
         parser.exit(2, f"{error}\n")
 
 
@@ -1372,7 +1372,9 @@ def serve(port: int, *, unsafe: bool) -> int:
     if sandbox is None:
         print(f"{_INSTALL}, or say --unsafe to go without.", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        with contextlib.suppress(AttributeError):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), StandIn(sandbox=sandbox, port=port) as server:
         print(f"export BOXER_URL={server.url}", flush=True)
         print(f"# programs run in: {sandbox.name}", flush=True)
@@ -13426,6 +13428,20 @@ def test_the_example_of_a_judge_prints_a_table_of_verdicts(server: Any, tmp_path
 
 
 @of_a_checkout
+@pytest.mark.parametrize("words", [["judge.py"], ["judge.py", "none", "none"], ["batch.py", "one"]], ids=" ".join)
+def test_an_example_says_what_it_lacks(tmp_path: Path, words: list[str]) -> None:
+    done = python_beside_boxer(tmp_path, refused_url(), "-S", *words)
+    assert (done.returncode, done.stdout) == (1, "") and re.fullmatch("(usage: |there is no ).+\n", done.stderr)
+
+
+def test_a_file_that_is_written_as_the_readme_says_hides_no_module_of_python() -> None:
+    """What lies beside a program comes before the standard library, and may have come from a sandbox."""
+    names = set(re.findall(r"\b(\w+)\.py\b", README)) | {path.stem for path in (HERE / ".examples").glob("*.py")}
+    known = getattr(sys, "stdlib_module_names", set())  # from Python 3.10 on
+    assert not names & set(known), names & set(known)
+
+
+@of_a_checkout
 @in_a_sandbox
 def test_the_example_of_a_batch_goes_on_where_it_stopped(server: Any, tmp_path: Path) -> None:
     def start() -> bytes:
@@ -13547,6 +13563,26 @@ def test_the_stand_in_serves_at_the_port_that_is_named_unless_that_is_taken() ->
         assert process.stdout and process.stdout.readline() == f"export BOXER_URL=http://127.0.0.1:{line[-1]}\n"
         process.terminate()
         assert process.wait(timeout=30) == 0
+
+
+@of_the_stand_in
+@pytest.mark.parametrize("port", ["-1", "65536", "x", "1.5"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    line = [*command("serve"), "--port", port]
+    done = subprocess.run(line, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr and "port" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGHUP here")
+@in_a_sandbox
+@of_the_stand_in
+def test_the_stand_in_leaves_nothing_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command("serve"), cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() and list(tmp_path.iterdir())
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=30) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def section(title: str) -> str:

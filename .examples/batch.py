@@ -12,6 +12,9 @@ import sys
 
 from boxer import BoxerClient, BoxerError, RunRequest
 
+if len(sys.argv) != 3:
+    raise SystemExit("usage: python3 batch.py TASKS RESULTS")
+
 with open(sys.argv[1], "rb") as tasks, open(sys.argv[2], "ab+") as results, BoxerClient() as client:
     results.seek(0)
     end, done = 0, set()

@@ -68,7 +68,12 @@ def verdict(case: Path, outcome: RunResult | BoxerError) -> tuple[str, str]:
 
 def main() -> None:
     """Judge, and print a line for each program: its verdict is that of the first input that it fails at."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python3 judge.py PROBLEM SUBMISSIONS")
     problem, submissions = map(Path, sys.argv[1:])
+    for folder, pattern in ((problem, "*.in"), (submissions, "*.py")):
+        if not any(folder.glob(pattern)):
+            raise SystemExit(f"there is no {pattern} in {folder}")
     verdicts: dict[str, tuple[str, str, str]] = {}
     with BoxerClient() as client:
         for request, outcome in client.run_many(requests(problem, submissions), concurrency=CONCURRENCY):
