@@ -219,6 +219,22 @@ _LOADED_LIMIT = 8  # clients whose pickles were loaded
 _RACE_TRIES = 15  # after the server lost an output: one try in three meets that, so one call in 10^7 uses up 15
 
 
+class _Kept:
+    """What this module keeps in a process. It stays behind if cloudpickle pickles the module by value."""
+
+    def __init__(self) -> None:
+        self.heads: dict[bytes, _Head] = {}  # decoded
+        self.pools: weakref.WeakSet[_Pool[Any]] = weakref.WeakSet()  # all there are
+        self.originals: weakref.WeakValueDictionary[str, _Client] = weakref.WeakValueDictionary()  # by pickles' tokens
+        self.loaded: collections.deque[_Client] = collections.deque(maxlen=_LOADED_LIMIT)  # nothing else keeps these
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+_KEPT = _Kept()
+
+
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 
@@ -1585,7 +1601,7 @@ class _Decoder:
         end = data.find(b"\r\n\r\n", 0, _HEAD_LIMIT)
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
-        head, content = _HEADS[data[:end]], data[end + 4 :]
+        head, content = _kept_head(data[:end]), data[end + 4 :]
         if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
@@ -1615,7 +1631,7 @@ class _Decoder:
 
     def _decode(self) -> Generator[None, None, None]:
         for _ in range(_INTERIM_LIMIT + 1):  # of the interim responses, nothing is of use
-            head = self._head = _HEADS[(yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head"))]
+            head = self._head = _kept_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
             if head.code >= 200:
                 break
         else:
@@ -1698,24 +1714,14 @@ def _check_protocol(begin: bytes) -> None:
         raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
 
 
-class _PicklesEmpty:
-    """A collection at module level whose content stays behind if cloudpickle pickles the module by value."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
-class _Heads(_PicklesEmpty, dict[bytes, _Head]):
-    """Decoded heads, kept since a server's heads are often identical until the Date changes."""
-
-    def __missing__(self, data: bytes) -> _Head:
-        if len(self) >= _HEADS_KEPT:
-            self.clear()
-        head = self[data] = _decoded_head(data)
-        return head
-
-
-_HEADS = _Heads()
+def _kept_head(data: bytes) -> _Head:
+    """Decode a head, or find it decoded: a server's heads are often identical until the Date changes."""
+    head = _KEPT.heads.get(data)
+    if head is None:
+        if len(_KEPT.heads) >= _HEADS_KEPT:
+            _KEPT.heads.clear()
+        head = _KEPT.heads[data] = _decoded_head(data)
+    return head
 
 
 def _decoded_head(data: bytes) -> _Head:
@@ -2041,7 +2047,7 @@ class _Pool(Generic[_C]):
         self._busy: dict[_Call, _C | None] = {}
         self._queue: dict[_Call, Any] = {}  # first come, first served; with the event that ends the wait
         self._idle: collections.deque[_C] = collections.deque()  # the one that was used last at the right
-        _POOLS.add(self)
+        _KEPT.pools.add(self)
 
     async def exchange(
         self, route: _Route, context: ssl.SSLContext | None, head: bytes, body: bytes | _Multipart, call: _Call
@@ -2204,16 +2210,9 @@ class _Pool(Generic[_C]):
     pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
 
 
-class _Pools(_PicklesEmpty, weakref.WeakSet):  # type: ignore[type-arg]
-    """All pools of the process."""
-
-
-_POOLS = _Pools()
-
-
 def _leave_to_parent() -> None:
     with Path(os.devnull).open("r+b", buffering=0) as null:
-        for pool in list(_POOLS):
+        for pool in list(_KEPT.pools):
             pool.leave_to_parent(null.fileno())
 
 
@@ -2258,7 +2257,7 @@ class _Client:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._original is None:
-            _ORIGINALS[self._token] = self
+            _KEPT.originals[self._token] = self
         return _copy, (type(self), self._settings, self._token)
 
     def __del__(self) -> None:
@@ -2485,28 +2484,14 @@ class _Client:
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
-class _Originals(_PicklesEmpty, weakref.WeakValueDictionary):  # type: ignore[type-arg]
-    """The clients that pickles in this process stand for, by token."""
-
-
-class _Loaded(_PicklesEmpty, dict[str, _Client]):
-    """Those of them that were made from a pickle: they are kept, since nothing else keeps them."""
-
-
-_ORIGINALS = _Originals()
-_LOADED = _Loaded()
-
-
 def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
     """Unpickle a client. All its copies in a process share its connections, and need no closing."""
-    original = _ORIGINALS.get(token)
+    original = _KEPT.originals.get(token)
     if original is None or original._is_closed:  # noqa: SLF001 - a client of this module
         original = kind(**settings)
         original._token, original._needs_closing = token, False  # noqa: SLF001
-        _ORIGINALS[token] = original
-        _LOADED[token] = original
-        for surplus in list(_LOADED)[:-_LOADED_LIMIT]:
-            _LOADED.pop(surplus, None)
+        _KEPT.originals[token] = original
+        _KEPT.loaded.append(original)
     client = object.__new__(kind)
     client.__dict__.update(original.__dict__, _original=original)
     return client
