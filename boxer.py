@@ -2054,9 +2054,7 @@ class _Pool(Generic[_C]):
     ) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
-            event = self._take_turn(call)
-            if event is not None:
-                await self._wait_for_turn(call, event)
+            await self._take_turn(call)
             connection = self._take_connection(route, call)
             if connection.was_opened:
                 try:
@@ -2080,14 +2078,25 @@ class _Pool(Generic[_C]):
         new = self._busy[call] = self._new_connection(connection.route)
         return new
 
-    def _take_turn(self, call: _Call) -> Any:
-        """Give a call a turn; or else a place in the queue, and return the event for which it has to wait."""
+    async def _take_turn(self, call: _Call) -> None:
+        """Give a call a turn: at once, or when `release` of another call hands over its own.
+
+        Time spent waiting does not count against the timeout, unless the call is nested in another one of its thread.
+        """
         with self._lock:
             if len(self._busy) < self._size:
                 self._busy[call] = None
-                return None
+                return
             event = self._queue[call] = self._new_event()
-            return event
+        call.check(call.request.name)
+        since, seconds = time.monotonic(), self._seconds_to_wait(call)
+        call.cancellation.interrupt_by(event.set)
+        await event.wait(seconds)
+        if seconds is None:
+            call.deadline.postpone(time.monotonic() - since)
+        if call not in self._busy:
+            call.check(call.request.name)
+            raise AssertionError  # pragma: no cover
 
     def _take_connection(self, route: _Route, call: _Call) -> _C:
         """Give a call with a turn an idle connection, or else a new one."""
@@ -2107,21 +2116,6 @@ class _Pool(Generic[_C]):
         except IndexError:
             return None
 
-    async def _wait_for_turn(self, call: _Call, event: Any) -> None:
-        """Wait until `release` of another call hands over its turn.
-
-        Time spent here does not count against the timeout, unless the call is nested in another one of its thread.
-        """
-        call.check(call.request.name)
-        since, seconds = time.monotonic(), self._seconds_to_wait(call)
-        call.cancellation.interrupt_by(event.set)
-        await event.wait(seconds)
-        if seconds is None:
-            call.deadline.postpone(time.monotonic() - since)
-        if call not in self._busy:
-            call.check(call.request.name)
-            raise AssertionError  # pragma: no cover
-
     def release(self, call: _Call) -> None:
         """Take back a call's turn and connection, or its place in the queue. Doing so twice does no harm."""
         with self._lock:
@@ -2134,14 +2128,11 @@ class _Pool(Generic[_C]):
                 elif connection is not None:
                     connection.close()
             finally:
-                self._hand_over_turns()
-
-    def _hand_over_turns(self) -> None:
-        while self._queue and len(self._busy) < self._size:
-            following, event = next(iter(self._queue.items()))
-            self._busy[following] = None
-            event.set()
-            self._queue.pop(following, None)
+                while self._queue and len(self._busy) < self._size:
+                    following, event = next(iter(self._queue.items()))
+                    self._busy[following] = None
+                    event.set()
+                    self._queue.pop(following, None)
 
     def _keep(self, connection: _C) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
