@@ -1457,10 +1457,6 @@ _RACE = r"read std(out|err): .*file already closed"
 _LASTING = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
 
 
-class _LastingError(Exception):
-    """Marks, as a cause, a failure that another try would meet again."""
-
-
 class _Tries:
     """Decides what is tried again after a failure: only what the server says is over, or what it never began."""
 
@@ -1494,8 +1490,8 @@ class _Tries:
 
 def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
     """Tell whether a request can be sent again after an error: it was not sent, or it is a GET that was lost."""
-    cause = error.__cause__
-    if isinstance(cause, (ssl.SSLCertVerificationError, _LastingError)) or _speaks_plain_http(cause):
+    cause = error.__cause__  # None: the client itself gave up
+    if cause is None or isinstance(cause, ssl.SSLCertVerificationError) or _speaks_plain_http(cause):
         return False
     return not error.request_sent or (request.method == "GET" and isinstance(cause, OSError))
 
@@ -2737,7 +2733,7 @@ class _SyncPool(_Pool[_SyncConnection]):
         outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
         if sum(other in self._busy for other in outer) == self._size:
             what = "it was made within calls of its own thread, which hold every connection, so waiting would never end"
-            raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False) from _LastingError()
+            raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False)
         return max(0.0, call.deadline.left) if outer else None
 
     async def pause(self, call: _Call, seconds: float) -> None:
