@@ -1327,16 +1327,6 @@ def _is_reached_directly(host: str, no_proxy: str) -> bool:
     return address.is_loopback
 
 
-def _route(
-    scheme: str, next_hop: str, tunnel: str | None, fields: dict[str, str], origin: str
-) -> tuple[_Route, dict[str, str]]:
-    """Return a route and the fields for the origin, which must not see the credentials for a tunnel's proxy."""
-    if tunnel is None:
-        return _Route(scheme, next_hop, None, None, origin), fields
-    fields = dict(fields)
-    return _Route(scheme, next_hop, tunnel, fields.pop("Proxy-authorization", None), origin), fields
-
-
 def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     host, colon, port = authority.rpartition(":")
     if not colon or port.endswith("]"):
@@ -3086,7 +3076,8 @@ class BoxerClient(_Client):
             raise BoxerValidationError("a part of the request's head has a control character in it")
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
         origin = tunnel or (self._origin.authority if isinstance(request, _OpenerRequest) else request.host)
-        route, fields = _route(request.type, request.host, tunnel, fields, origin)
+        authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
+        route = _Route(request.type, request.host, tunnel, authorization, origin)
         body: Any = request.data or b""
         fields.setdefault("Host", request.host)
         if isinstance(body, bytes) and body:
@@ -3435,8 +3426,9 @@ class _AsyncPool(_Pool[_AsyncConnection]):
     def __init__(self, size: int, origin: _Origin) -> None:
         super().__init__(size)
         tunnel = origin.authority if origin.proxy and origin.scheme == "https" else None
-        next_hop = origin.proxy or origin.authority
-        self.route, self.fields = _route(origin.scheme, next_hop, tunnel, origin.fields, origin.authority)
+        self.fields = dict(origin.fields)
+        authorization = self.fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
+        self.route = _Route(origin.scheme, origin.proxy or origin.authority, tunnel, authorization, origin.authority)
         # A proxy is asked for a whole URL (RFC 9112, section 3.2.2), unless it has opened a tunnel.
         self.prefix = origin.url if origin.proxy and not tunnel else origin.path
         self.loop = asyncio.get_running_loop()
