@@ -1035,7 +1035,7 @@ class _Head(NamedTuple):
     fields: Mapping[str, str]  # repeated fields are joined with ", " (RFC 9110, section 5.3)
     keeps_alive: bool = False  # another exchange may follow on the connection
     is_chunked: bool = False
-    length: float = 0  # of the content in bytes, if it is not chunked; infinite: it ends with the connection
+    length: float = 0  # of the content in bytes; infinite: the last chunk ends it, or else the connection's end
 
 
 class _Response:
@@ -1054,20 +1054,12 @@ class _Response:
         self.coding = head.fields.get("content-encoding", "").lower()
         self.is_plain = head.code == 200 and self.coding in ("", "identity")
         self.content = content
-        self._head = head
-
-    @property
-    def length(self) -> float:
-        """The length of the content in bytes; infinite if the head does not say it."""
-        return math.inf if self._head.is_chunked else self._head.length
-
-    @property
-    def msg(self) -> str:
-        return self._head.reason
+        self.head = head
+        self.msg = head.reason
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
-        for name, value in self._head.field_lines:
+        for name, value in self.head.field_lines:
             message[name] = value
         return message
 
@@ -1588,7 +1580,7 @@ class _Decoder:
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
         head, content = _kept_head(data[:end]), data[end + 4 :]
-        if head.is_chunked or head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
+        if head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
@@ -1609,7 +1601,7 @@ class _Decoder:
         if self.response is None:
             where = "within the head of the answer" if self.has_rest else "before an answer came"
             raise _LostError(f"the connection ended {where}")
-        if self._head.length < math.inf or loss is not None:
+        if self._head.is_chunked or self._head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
         assert self._decoding is not None
         self._decoding.close()
@@ -1725,7 +1717,7 @@ def _decoded_head(data: bytes) -> _Head:
     else:
         is_chunked, length = _framing(fields, is_old)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
-    keeps_alive = length < math.inf and not is_old and "close" not in options
+    keeps_alive = (is_chunked or length < math.inf) and not is_old and "close" not in options
     return _Head(code, reason, field_lines, fields, keeps_alive, is_chunked, length)
 
 
@@ -1754,12 +1746,12 @@ def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _framing(fields: Mapping[str, str], is_old: bool) -> tuple[bool, float]:
-    """Return whether content is chunked, and its length, infinite up to the end of the connection (RFC 9112, 6.3)."""
+    """Return whether content is chunked, and its length, infinite if that is not known (RFC 9112, section 6.3)."""
     coding, value = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None:
         if is_old or value is not None or coding.lower() != "chunked":
             raise _ProtocolError(f"Transfer-Encoding {coding[:40]!r} cannot be decoded here")
-        return True, 0
+        return True, math.inf
     if value is None:
         return False, math.inf
     length, *others = {length.strip(" \t") for length in value.split(",")}  # repeated, it is valid if it says the same
@@ -1914,7 +1906,7 @@ class _Connection:
         sink, response = self.call.request.sink, decoder.response
         if sink is None or response is None or not response.is_plain:
             return
-        sink.length = response.length
+        sink.length = response.head.length
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
