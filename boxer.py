@@ -1585,13 +1585,10 @@ class _Decoder:
         self._head, self.response, self.is_complete = head, _Response(head, content), True
         return True
 
-    @property
-    def waiting(self) -> int:
-        """Bytes of content that have come, and were not taken."""
-        return self._content.tell()
-
-    def take(self) -> bytes:
-        """Return what has come of the content, and forget it."""
+    def take(self, least: int) -> bytes:
+        """Return what has come of the content, if it is so much, and forget it."""
+        if self._content.tell() < least:
+            return b""
         content = self._content.getvalue()
         self._content = io.BytesIO()
         return content
@@ -1739,9 +1736,9 @@ def _field_lines(section: str) -> list[tuple[str, str]]:
 
 def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return fields by name."""
-    fields = dict(lines)
-    if len(fields) < len(lines):
-        return {name: ", ".join([value for other, value in lines if other == name]) for name in fields}
+    fields: dict[str, str] = {}
+    for name, value in lines:
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 
@@ -1910,8 +1907,8 @@ class _Connection:
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
-        elif decoder.waiting >= _PIECE:
-            await self.write(sink, decoder.take())
+        elif content := decoder.take(least=_PIECE):
+            await self.write(sink, content)
             self.call.deadline.start_again("progress")
 
     def _decode_end(self, decoder: _Decoder, loss: Exception | None) -> None:
