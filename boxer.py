@@ -3190,7 +3190,7 @@ class _AsyncConnection(_Connection):
         self._tcp = self._protocol = _Protocol(self._loop)  # of TCP, and of TLS over it, if there is any
         self._writers: list[asyncio.StreamWriter] = []  # the same two; if one is collected, it closes the connection
         self._is_cut = False  # some of the request could not be sent
-        self._alarm = _Alarm(self)
+        self._timer: asyncio.TimerHandle | None = None  # rings at the call's deadline
 
     async def connect(self, address: Any, seconds: float) -> None:
         family, _, protocol, _, (host, port, *more) = address
@@ -3271,11 +3271,6 @@ class _AsyncConnection(_Connection):
         return data
 
     @property
-    def arrived(self) -> int:
-        """How many bytes the loop has received."""
-        return self._protocol.arrived
-
-    @property
     def _has_arrived(self) -> bool:
         """Something can be received, or the end of the connection."""
         return self._protocol.arrived > self._protocol.received or self._protocol.has_ended
@@ -3287,14 +3282,28 @@ class _AsyncConnection(_Connection):
     def attach(self, call: _Call) -> None:
         super().attach(call)
         self._is_cut = False
-        self._alarm.set(call.deadline)
+        left = max(0.0, call.deadline.left)
+        # A timer of an earlier call is kept if it rings early enough: `_ring` then sees the new deadline.
+        if self._timer is None or self._timer.when() > self._loop.time() + left:
+            self._stop_timer()
+            self._timer = self._loop.call_later(left, self._ring)
 
-    def detach(self) -> None:
-        super().detach()
-        self._alarm.deadline = None
+    def _ring(self) -> None:
+        """Abort the connection at the deadline, but not before a busy loop has read what had arrived by then."""
+        self._timer = None
+        if "call" in vars(self):  # else the connection is idle
+            left = self.call.deadline.left
+            if left <= 0 and self.is_quiet():
+                self.abort()
+            else:
+                self._timer = self._loop.call_later(max(0.0, left), self._ring)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def close(self) -> None:
-        self._alarm.stop()
+        self._stop_timer()
         for protocol in (self._protocol, self._tcp):
             if protocol.transport is not None:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed
@@ -3311,45 +3320,6 @@ class _AsyncConnection(_Connection):
         if self._tcp.transport is None or self._tcp.transport.is_closing():
             return -1
         return int(self._tcp.transport.get_extra_info("socket").fileno())
-
-
-class _Alarm:
-    """Aborts a connection at the deadline of its call.
-
-    Data that arrived before the deadline counts, even if a busy loop has not read it yet. So the alarm aborts only
-    after two turns of the loop without new data (a loop may run its timers before its reads). A timer left over from
-    an earlier call is kept if it rings early enough: it then sees the new deadline.
-    """
-
-    def __init__(self, connection: _AsyncConnection) -> None:
-        self.deadline: _Deadline | None = None  # None: the connection is idle
-        self._connection = connection
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._arrived, self._quiet_turns = -1, 0
-
-    def set(self, deadline: _Deadline) -> None:
-        self.deadline, self._quiet_turns, left = deadline, 0, max(0.0, deadline.left)
-        if self._timer is None or self._timer.when() > self._loop.time() + left:
-            self.stop()
-            self._timer = self._loop.call_later(left, self._ring)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self.deadline is None:
-            return
-        left, arrived = self.deadline.left, self._connection.arrived
-        self._quiet_turns = self._quiet_turns + 1 if left <= 0 and arrived == self._arrived else 0
-        self._arrived = arrived
-        if self._quiet_turns > 1:
-            self._connection.abort()
-        else:
-            self._timer = self._loop.call_later(max(0.0, left), self._ring)
 
 
 async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Callable[[], Any] | None = None) -> _T:
