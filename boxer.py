@@ -2669,19 +2669,16 @@ class _SyncConnection(_Connection):
         return self._socket is not None and not _wait_for(self.fileno(), "r", 0)
 
     def close(self) -> None:
+        self.abort()
         if self._socket is not None:
-            self._shut_down(self._socket)
             self._socket.close()
 
     def abort(self) -> None:
         self._loss = self._loss or ConnectionAbortedError("broken off by this client")
         if self._socket is not None:
-            self._shut_down(self._socket)
-
-    def _shut_down(self, sock: socket.socket) -> None:
-        """End what another thread waits for on the socket, and tell the peer."""
-        with contextlib.suppress(OSError):  # the connection may be closed already
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would forget its TLS, which may be in use
+            with contextlib.suppress(OSError):  # the connection may be closed already
+                # SSLSocket's own shutdown would forget its TLS, which another thread may be using.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def fileno(self) -> int:
         return -1 if self._socket is None else self._socket.fileno()
@@ -3125,7 +3122,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self.reader = asyncio.StreamReader(_PIECE, loop)
         super().__init__(self.reader, loop=loop)
         self.transport: Any = None  # an asyncio.Transport, once connected
-        self.arrived = self.received = 0  # bytes that came from the transport, and that were read of them
+        self.unread = 0  # bytes that came from the transport, and were not read yet
         self.has_ended = False
         self.loss: Exception | None = None
         self.can_take_more = True
@@ -3136,7 +3133,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        self.arrived += len(data)
+        self.unread += len(data)
         super().data_received(data)
         self._notify()
 
@@ -3158,8 +3155,8 @@ class _Protocol(asyncio.StreamReaderProtocol):
             return
         # uvloop's sockets cannot be copied.
         with contextlib.suppress(OSError, TypeError), self.transport.get_extra_info("socket").dup() as sock:
-            while self.arrived - self.received < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
-                self.arrived += len(data)  # pragma: no cover - it takes an answer between a look and a write
+            while self.unread < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
+                self.unread += len(data)  # pragma: no cover - it takes an answer between a look and a write
                 self.reader.feed_data(data)  # pragma: no cover
 
     def pause_writing(self) -> None:
@@ -3267,13 +3264,13 @@ class _AsyncConnection(_Connection):
         data = await self._protocol.reader.read(_PIECE)
         if not data:
             raise _ConnectionEnd(self._protocol.loss)
-        self._protocol.received += len(data)
+        self._protocol.unread -= len(data)
         return data
 
     @property
     def _has_arrived(self) -> bool:
         """Something can be received, or the end of the connection."""
-        return self._protocol.arrived > self._protocol.received or self._protocol.has_ended
+        return self._protocol.unread > 0 or self._protocol.has_ended
 
     def is_quiet(self) -> bool:
         # The loop may have been too busy to look.
