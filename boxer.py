@@ -3233,14 +3233,14 @@ class _AsyncConnection(_Connection):
             await asyncio.sleep(0)  # let other tasks run
             piece = next(pieces, None)
         else:
-            piece = await _in_thread(self.call, next, pieces, None)
+            piece = await _within(self.call.deadline.left, _in_thread(next, pieces, None), self.call)
         if not self.is_quiet():  # let the loop receive an early answer: a write that fails would lose it
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         return piece
 
     async def write(self, sink: _Sink, content: bytes) -> None:
-        await _in_thread(self.call, sink.write, content)
+        await _within(self.call.deadline.left, _in_thread(sink.write, content), self.call)
 
     def send(self, data: _Piece) -> None:
         self._writers[-1].write(data)
@@ -3353,12 +3353,11 @@ async def _ended(task: asyncio.Future[Any], end: Callable[[], Any]) -> None:
         await asyncio.wait((task,))
 
 
-async def _in_thread(call: _Call, function: Callable[..., _T], *args: Any) -> _T:
+async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
     """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
     if not threading.main_thread().is_alive():
         return function(*args)  # pragma: no cover - coverage is not measured any more by then
-    work = functools.partial(contextvars.copy_context().run, function, *args)
-    return await _within(call.deadline.left, asyncio.get_running_loop().run_in_executor(None, work), call)
+    return await asyncio.to_thread(function, *args)
 
 
 class _AsyncEvent:
@@ -3408,7 +3407,7 @@ class _AsyncPool(_Pool[_AsyncConnection]):
                 return _look_up(host, port)  # this takes no time and no thread
             with contextlib.suppress(socket.gaierror):  # the same goes for an address
                 return _look_up(host, port, socket.AI_NUMERICHOST)
-            return await _in_thread(call, _look_up, host, port)
+            return await _within(call.deadline.left, _in_thread(_look_up, host, port), call)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """Close the connections of a client that was not closed before the loop is.
@@ -3473,10 +3472,7 @@ class _AsyncWorkers(_Workers):
 
     async def end(self) -> None:
         self.cancel()
-        if self._active:
-            await asyncio.wait(self._active)
-        for task in self._active:
-            _ = task.cancelled() or task.exception()  # the loop reports an exception that nobody asks for
+        await asyncio.gather(*self._active, return_exceptions=True)  # the loop reports those that nobody asks for
 
 
 class AsyncBoxerClient(_Client):
@@ -3620,7 +3616,7 @@ class AsyncBoxerClient(_Client):
         await self._download_path(path, local_path, self._options(timeout, retries))
 
     async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await _in_thread(self._new_call(_HEALTH_REQUEST, _Options(None)), function, *args)
+        return await _in_thread(function, *args)
 
     _new_workers = _AsyncWorkers
 
