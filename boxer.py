@@ -3663,7 +3663,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except SystemExit as ended:
         if ended.code:  # a signal handler has raised it
             raise
-        return 0  # argparse has shown its help
+        return 0  # argparse has shown its help, or the version
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
@@ -3677,9 +3677,6 @@ def _command_line(arguments: Sequence[str] | None) -> Any:
     """Return the options, and the other arguments as `words`; raise BoxerValidationError for a wrong usage."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if options.version:
-        options.function = _version
-        return options
     if options.command is None:
         parser.error("name a command: run, upload, download or health")
     if options.command == "run":  # nothing behind IMAGE is an option, not even `--`
@@ -3707,8 +3704,8 @@ def _parser() -> Any:
     import argparse  # here, since it takes time, and few who import this module need it
 
     class Parser(argparse.ArgumentParser):
-        def print_help(self, file: Any = None) -> None:
-            _write(sys.stdout, self.format_help().encode())
+        def _print_message(self, message: str, file: Any = None) -> None:  # of --help and --version
+            _write(sys.stdout, message.encode())
 
         def error(self, message: str) -> Any:
             raise BoxerValidationError(f"{message}; see `{self.prog} --help`")
@@ -3716,7 +3713,7 @@ def _parser() -> Any:
     settings: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser, examples = Parser(prog="boxer", usage="boxer [options] COMMAND ...", **settings), ["examples:"]
     parser.description = "Run untrusted code in the sandboxes of a Boxer server."
-    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("--version", action="version", version=f"boxer {__version__}", help="show the version")
     _add_common_options(parser.add_argument, "early_headers", None)
     parser.set_defaults(timeout=120.0, retries=2, env=[])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
@@ -3768,11 +3765,6 @@ def _add_run_options(add: Any) -> None:
 def _add_exclude(add: Any) -> None:
     text = "leave out what has this name, or this path in a folder; repeatable"
     add("--exclude", action="append", default=[], metavar="PATTERN", help=text)
-
-
-def _version(_: Any) -> int:
-    _write(sys.stdout, f"boxer {__version__}\n".encode())
-    return 0
 
 
 def _run(options: Any) -> int:
