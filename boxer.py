@@ -942,7 +942,7 @@ class _Sink:
             raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
         self.is_over = False  # the call has ended, perhaps while a thread still writes
         self._file = file
-        self._was_written = False
+        self.written = 0  # bytes so far
         self.length = math.inf  # of the content in bytes, once that is known
         try:
             self._start = file.tell()
@@ -953,16 +953,16 @@ class _Sink:
 
     @property
     def can_be_rewound(self) -> bool:
-        return self._start is not None or not self._was_written
+        return self._start is not None or self.written == 0
 
     def rewind(self) -> None:
         """Begin anew, for another try."""
-        if self._was_written:
+        if self.written:
             self._file.seek(self._start)
             self._file.truncate()
+            self.written = 0
 
     def write(self, content: bytes) -> None:
-        self._was_written = self._was_written or bool(content)
         left = memoryview(content)
         while left:
             if self.is_over:
@@ -971,7 +971,9 @@ class _Sink:
             _refuse_awaitable(size)
             if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
                 raise BlockingIOError("the file that the download is written to takes nothing more")
-            left = left[len(left) if size is None else size :]  # a file without a buffer may take a part
+            size = len(left) if size is None else size  # a file without a buffer may take a part
+            self.written += size
+            left = left[size:]
 
 
 def _target_path(remote_path: str, local_path: Any) -> Path:
@@ -3851,7 +3853,7 @@ def _download(options: Any) -> int:
 
 def _fetch(client: BoxerClient, progress: _Progress, remote: str, file: Any) -> int:
     sink = _Sink(file)
-    progress.positions[file] = file.tell
+    progress.positions[sink] = lambda: sink.written
     with progress.shown("downloading", lambda: sink.length):
         request = _download_request(remote, sink)
         _run_to_completion(client._exchange(request, _file_content, _Options()))  # noqa: SLF001 - its own
@@ -3954,14 +3956,8 @@ class _Progress(logging.Handler):
 class _StandardOutput:
     """Standard output as a file that cannot be rewound: one that is appended to would be cut."""
 
-    _size = 0
-
-    def tell(self) -> int:
-        return self._size
-
     def write(self, content: bytes) -> int:
         _write(sys.stdout, content)
-        self._size += len(content)
         return len(content)
 
 
