@@ -361,7 +361,7 @@ def _texts(name: str, values: Any) -> tuple[str, ...]:
             with contextlib.suppress(ValueError):  # an unclosed quote
                 example = str(shlex.split(values))
         raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
-    if isinstance(values, bytes) or hasattr(values, "keys"):
+    if isinstance(values, bytes) or hasattr(values, "keys") or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
     return tuple([_text(f"each of {name}", text) for text in values])
 
@@ -434,7 +434,7 @@ def _check_shell_names(env: Any) -> None:
 
 def _path(name: str, path: Any) -> str:
     if not _text(name, path):
-        raise BoxerValidationError(f"{name} is empty; name a file in the server's store, for instance 'data/input.txt'")
+        raise BoxerValidationError(f"{name} is empty; write a path, for instance 'data/input.txt'")
     return str.__str__(path)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
@@ -690,7 +690,7 @@ class _Multipart:
         part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
         self._before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
         self._after = f'\r\n{part}path"\r\n\r\n{path}\r\n--{self.boundary}--\r\n'.encode()
-        self._content = _content(content)
+        self._content = _content("content", content)
         self._size = _size(self._content)
         # The length of the body in bytes; None if it cannot be known before it was sent.
         self.length = None if self._size is None else len(self._before) + self._size + len(self._after)
@@ -751,20 +751,18 @@ def _read_whole(file: IO[bytes], size: int) -> Iterator[bytes]:
         raise BoxerError("the file changed its size while it was sent, so the upload was stopped")
 
 
-def _content(content: Any) -> memoryview | IO[bytes]:
+def _content(name: str, content: Any) -> memoryview | IO[bytes]:
     if isinstance(content, str):
-        _text("content", content.replace("\0", " "))  # NUL is fine in a file
+        _text(name, content.replace("\0", " "))  # NUL is fine in a file
         content = content.encode("utf-8")
     if isinstance(content, (bytes, bytearray, memoryview)):
         return memoryview(content).cast("B")
     if isinstance(content, os.PathLike):
-        raise TypeError(
-            "content must be bytes, str or a binary file, not a path; `upload_path` sends what is at a path"
-        )
+        raise TypeError(f"{name} must be bytes, str or a binary file, not a path; `upload_path` sends what is there")
     if isinstance(content, io.TextIOBase):
-        raise TypeError("content must be a binary file, opened with mode 'rb', not one in text mode")
+        raise TypeError(f"{name} must be a binary file, opened with mode 'rb', not one in text mode")
     if not hasattr(content, "read"):
-        raise TypeError(f"content must be bytes, str or a binary file, not {type(content).__name__}")
+        raise TypeError(f"{name} must be bytes, str or a binary file, not {type(content).__name__}")
     _read(content, 0)
     return content  # type: ignore[no-any-return]  # something with read()
 
@@ -780,14 +778,22 @@ def _size(content: memoryview | IO[bytes]) -> int | None:
         return None
 
 
+def _local_path(name: str, path: Any) -> Path:
+    """Check a path on this machine. An empty one comes from a variable that was not set, and is not the folder here."""
+    if not os.fspath(path):
+        raise BoxerValidationError(f"{name} is empty; write '.' for the current folder")
+    return Path(path)
+
+
 def _local_files(local_path: str | os.PathLike[str], remote_path: str | None, exclude: Iterable[str]) -> list[_Upload]:
     """Return what `upload_path` is to send, in the order of the sorted local paths."""
-    local, root = Path(local_path), Path(local_path).resolve()
-    folder = root if local.name in ("", "..") else local
+    local = _local_path("local_path", local_path)
+    root = local.resolve()
+    own_name = (root if local.name in ("", "..") else local).name
     patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
-    prefix = _clean_path("remote_path", folder.name if remote_path is None else remote_path)
+    prefix = _clean_path("remote_path", own_name if remote_path is None else remote_path)
     if not root.is_dir():
-        return [(prefix, _regular_file(local, root))]
+        return [(prefix + own_name if prefix.endswith("/") else prefix, _regular_file(local, root))]
     prefix = _path("remote_path", prefix.rstrip("/"))
     uploads: list[_Upload] = []
     for parts in sorted(_walk(root, patterns)):
@@ -890,11 +896,12 @@ class _Plan:
                 if isinstance(content, os.PathLike):
                     self.uploads += _local_files(content, path, ())
                 else:
-                    _content(content)  # a wrong type is known before anything is sent
+                    _content(f"files[{name!r}]", content)  # a wrong type is known before anything is sent
                     self.uploads.append((path, content))
             own = [path for path, _ in self.uploads]
             own += _folders_of(own)
-            files, cwd = (own if len(own) <= _MOUNT_LIMIT else [folder]) if own else [], cwd or f"/{folder}"
+            files = (own if len(own) <= _MOUNT_LIMIT else [folder]) if own else []
+            cwd = str(PurePosixPath("/", folder, cwd or ""))  # a relative one is below the folder
         # The server removes what a run names when that ends with a result; but outputs are to be kept.
         persist = bool(run.persist or run.outputs or lists_outputs)
         self.server_removes = not persist and (not self.uploads or files != [folder])
@@ -978,7 +985,7 @@ class _Sink:
 
 def _target_path(remote_path: str, local_path: Any) -> Path:
     """Return where `download_path` puts a file: at a path, or into a folder by its own name."""
-    target = Path(local_path)
+    target = _local_path("local_path", local_path)
     if target.is_dir():
         name = remote_path.rpartition("/")[2]
         if Path(name).name != name:
@@ -1009,17 +1016,21 @@ def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
 @contextlib.contextmanager
 def _written_whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside the target, and put it in the target's place once it is whole."""
-    if target.exists() and not target.is_file():  # a device or a pipe must not become a file
-        with target.open("wb", buffering=0) as file:
-            yield cast("IO[bytes]", file)
-        return
     temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
     try:
+        if target.exists() and not target.is_file():  # a device or a pipe must not become a file
+            with target.open("wb", buffering=0) as file:
+                yield cast("IO[bytes]", file)
+            return
         with temporary.open("xb") as file:
             if target.exists():
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))  # what was private stays so
             yield file
         os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
+    except OSError as error:
+        if error.errno is not None:  # a system call has failed: it was about the target, as far as the caller knows
+            error.filename, error.filename2 = str(target), None
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):  # it has become the target
             temporary.unlink()
@@ -1073,6 +1084,9 @@ def _is_success(response: _Response) -> bool:
 
 
 def _run_result(response: _Response) -> RunResult:
+    if response.code == 400 and _reason(response).startswith("file not found"):
+        what = "a list in files names what was uploaded; local files go in as a mapping from names to paths"
+        raise BoxerAPIError(f"{_reason(response)}; {what}", 400)
     members = _json_object(response)
     try:
         return RunResult(*[members[name] for name in _RESULT_TYPES])
@@ -1243,7 +1257,7 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
         "Accept-encoding": "identity",
         **_basic("Authorization", parts, name),
         **(_basic("Proxy-authorization", proxy, "the proxy's URL") if proxy else {}),
-        **_checked_fields(headers),
+        **headers,
     }
     if proxy is None:
         fields.pop("Proxy-authorization", None)
@@ -1335,8 +1349,10 @@ _OWN_FIELDS |= {"trailer", "transfer-encoding", "upgrade"}
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2  # noqa: S105
 
 
-def _checked_fields(headers: Mapping[str, str]) -> dict[str, str]:
-    fields = {}
+def _checked_fields(headers: Any) -> dict[str, str]:
+    if not isinstance(headers, Mapping):
+        raise TypeError(f"headers must be a mapping, not {type(headers).__name__}")
+    fields: dict[str, str] = {}
     for name, value in headers.items():
         if not re.fullmatch(_TOKEN, _text("each name in headers", name)):  # not shown: it may be a whole line
             raise BoxerValidationError("a name in headers is not the name of a field")
@@ -1382,7 +1398,7 @@ class _Deadline:
         self._end += seconds
 
     def error(self, peer: str) -> BoxerTimeoutError:
-        return BoxerTimeoutError(f"{peer}: no {self._awaited} within {self._seconds:g} s; the client gave up", 0)
+        return BoxerTimeoutError(f"{peer}: no {self._awaited} within {self._seconds:.4g} s; the client gave up", 0)
 
 
 class _Cancellation:
@@ -2207,10 +2223,10 @@ class _Client:
             "timeout": _seconds("timeout", timeout),
             "retries": _whole_number("retries", retries),
             "max_connections": _whole_number("max_connections", max_connections, least=1),
-            "headers": headers and dict(headers),
+            "headers": _checked_fields({} if headers is None else headers),
             "ssl_context": ssl_context,
         }
-        self._origin = _origin(base_url, headers or {})
+        self._origin = _origin(base_url, self._settings["headers"])
         self._host = _host_and_port(self._origin.authority, 0)[0]
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
@@ -2294,6 +2310,7 @@ class _Client:
 
     async def _wait_until_ready(self, timeout: float | None) -> None:
         call, pool, pause = self._new_call(_HEALTH_REQUEST, self._options(timeout)), self._current_pool(), 0.05
+        reason: BoxerError | None = None
         pool.calls.add(call)  # so that `close` ends a pause
         try:
             while True:
@@ -2303,8 +2320,10 @@ class _Client:
                     )
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
+                    if reason is None or not isinstance(error, BoxerTimeoutError):  # the last try may have had no time
+                        reason = error
                     if call.deadline.left < _SHORTEST_PAUSE:
-                        raise BoxerTimeoutError(f"the server was not ready in time: {error}", 0) from error
+                        raise BoxerTimeoutError(f"the server was not ready in time: {reason}", 0) from reason
                 pause = min(1.5 * pause, 5.0)
                 await pool.pause(call, min(pause, call.deadline.left / 2))  # more often towards the end
                 call.check(call.request.name)
@@ -2357,6 +2376,7 @@ class _Client:
         if output_dir is not None:
             if run.outputs:
                 raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
+            _local_path("output_dir", output_dir)
             _check_shell_names(run.env)
         plan: _Plan = await self._do_blocking(_Plan, run, run.outputs is True or output_dir is not None)
         try:
@@ -2465,7 +2485,9 @@ def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
     return client
 
 
-def _tls_context(scheme: str, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
+def _tls_context(scheme: str, context: Any) -> ssl.SSLContext | None:
+    if not (context is None or isinstance(context, ssl.SSLContext)):
+        raise TypeError(f"ssl_context must be an ssl.SSLContext, not {type(context).__name__}")
     return None if scheme == "http" else context or ssl.create_default_context()
 
 
@@ -2917,7 +2939,7 @@ class BoxerClient(_Client):
         image: a container image, such as "python:3.12-slim". It is pulled first if need be, outside of all limits.
         cmd: the program and its arguments.
         env: environment variables, as a mapping or a list of `NAME=value`.
-        cwd: the working directory, made if it does not exist. Default: /.
+        cwd: the working directory, made if it does not exist; a relative one is below the default. Default: /.
         limits: ResourceLimits, or a mapping with the same keys.
         files: paths of uploaded files or folders, which the sandbox has read-only at /<path>; or a mapping from names
             to content (bytes, text, a path of a local file or folder, a binary file). That is uploaded first, into a
@@ -3088,13 +3110,15 @@ class BoxerClient(_Client):
         return made
 
 
-def _checked_handlers(handlers: Iterable[Any]) -> tuple[Any, ...]:
-    handlers = tuple(handlers)
-    if not all(hasattr(handler, "add_parent") for handler in handlers):
+def _checked_handlers(handlers: Any) -> tuple[Any, ...]:
+    if not isinstance(handlers, Iterable):
+        raise TypeError(f"handlers must be a list of urllib.request handlers, not {type(handlers).__name__}")
+    checked = tuple(handlers)
+    if not all(hasattr(handler, "add_parent") for handler in checked):
         raise TypeError("each of handlers must be a urllib.request.BaseHandler")
-    if any(hasattr(handler, "redirect_request") for handler in handlers):
+    if any(hasattr(handler, "redirect_request") for handler in checked):
         raise BoxerValidationError("redirects are not followed: leave out the HTTPRedirectHandler")
-    return handlers
+    return checked
 
 
 def _adopted(response: Any, authority: str) -> _Response:
@@ -3650,9 +3674,19 @@ class AsyncBoxerClient(_Client):
 _TIME_IS_UP, _OURS, _INTERRUPTED = 124, 125, 130  # exit codes that are not the program's, as `docker run` has them
 _FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # a loop of links is a RuntimeError before Python 3.13
 _HINTS = {
-    0: "; --timeout waits longer",
-    408: "; --time-limit gives it more time",
+    0: "; --timeout, or --wait, waits longer",
+    408: "; --time-limit gives it more time, unless it waits because it wrote too much, which -o could take",
     507: "; what a program writes to a file in /output can be fetched with -o",
+}
+_OPTIONS = {  # by the parameters that the texts of errors name
+    "base_url": "--url",
+    "cpu_cores": "--cpus",
+    "local_path": "LOCAL",
+    "memory_mb": "--memory",
+    "output_dir": "-o",
+    "pids_limit": "--pids",
+    "remote_path": "the remote name",
+    "wall_clock_secs": "--time-limit",
 }
 _ERASE = "\r\x1b[K"  # the line in which a terminal's cursor is
 
@@ -3754,14 +3788,14 @@ def _add_run_options(add: Any) -> None:
     _add_exclude(add)
     add("-o", dest="output_dir", metavar="DIR", help="a local folder for all that the program writes to /output")
     add("-i", action="store_true", dest="has_input", help="give standard input to the program")
-    add("-w", dest="cwd", metavar="DIR", help="the working directory")
+    add("-w", dest="cwd", metavar="DIR", help="the working directory; where there are files, relative to their folder")
     add("--time-limit", type=int, dest="wall_clock_secs", metavar="S", help="seconds; past it, the exit code is 124")
     add("--memory", type=int, dest="memory_mb", metavar="MB", help="MiB of memory")
     add("--cpus", type=float, dest="cpu_cores", metavar="N", help="processors; may be a fraction")
     add("--pids", type=int, dest="pids_limit", metavar="N", help="processes and threads")
     add("--nofile", type=int, metavar="N", help="open files")
     add("--network", metavar="NAME", help="none (the default), sandbox or host")
-    add("--json", action="store_true", help="print one JSON object, for an error too")
+    add("--json", action="store_true", help="print one JSON object, for an error too, a wrong usage aside")
 
 
 def _add_exclude(add: Any) -> None:
@@ -3841,14 +3875,8 @@ def _download(options: Any) -> int:
         if local == "-":
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
             return _fetch(client, progress, remote, _StandardOutput())
-        target = _target_path(_path("REMOTE", remote), local)
-        try:
-            with _written_whole(target) as file:
-                return _fetch(client, progress, remote, file)
-        except OSError as error:
-            if not isinstance(error, BoxerError):
-                error.filename = str(target)  # in place of a temporary file's
-            raise
+        with _written_whole(_target_path(_path("REMOTE", remote), local)) as file:
+            return _fetch(client, progress, remote, file)
 
 
 def _fetch(client: BoxerClient, progress: _Progress, remote: str, file: Any) -> int:
@@ -3989,9 +4017,12 @@ def _say(text: str) -> None:
 
 def _explained(error: BaseException) -> str:
     """Return what an error says, and what can be done about it, as one line."""
-    text = str(error).replace("base_url", "--url") or "interrupted"
+    text = str(error) or "interrupted"
+    if isinstance(error, BoxerValidationError):
+        text = re.sub("|".join(_OPTIONS), lambda match: _OPTIONS[match[0]], text)
     if isinstance(error, BoxerConnectionError) and not error.request_sent:
-        text += "; is a server there? --url or BOXER_URL says where"
+        is_proxys = text.startswith("the proxy")
+        text += "; http_proxy names it" if is_proxys else "; is a server there? --url or BOXER_URL says where"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror or text}"
     return " ".join(_printable(text + _HINTS.get(getattr(error, "status_code", -1), "")).split())

@@ -4106,6 +4106,7 @@ VALID: dict[str, dict[str, Any]] = {
     "upload_file": {"remote_path": "a", "content": b""},
     "upload_path": {"local_path": __file__},
     "download_file": {"path": "a"},
+    "download_path": {"path": "a", "local_path": "b"},
 }
 INVALID, LONE = BoxerValidationError, "a\ud800"
 
@@ -4154,35 +4155,43 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("", INVALID, "a NUL character", "base_url", ["http://h\0"]),
     ("", INVALID, "lone surrogate", "headers", [{"X-A": LONE}]),
     ("", TypeError, "must be str", "headers", [{"X-A": 1}, {b"X-A": "a"}]),
+    ("", TypeError, "headers must be a mapping, not", "headers", [[("a", "b")], "a: b", 5]),
+    ("", TypeError, "ssl_context must be an ssl.SSLContext", "ssl_context", ["ca.pem", True, False, 0]),
     ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
     ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
     ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
     ("run", INVALID, "cmd must be a list of strings, not one string: write ['echo', 'hi']", "cmd", ["echo hi"]),
-    ("run", TypeError, "", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
+    ("run", TypeError, "cmd", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
     ("run", INVALID, "env must be a list of strings, not one string: write ['NAME=value']", "env", ["A=b"]),
     ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
     ("run", INVALID, "a name in env has an '='", "env", [{"A=B": "c"}]),
     ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
     ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
-    ("run", INVALID, "is empty; name a file in the server's store", "files", [["a", ""]]),
-    ("run", TypeError, "", "files", [5, [5], b"a", [Path("a")]]),
+    ("run", INVALID, "is empty; write a path", "files", [["a", ""]]),
+    ("run", TypeError, "files", "files", [5, [5], b"a", [Path("a")], Path("a")]),
+    ("run", TypeError, "outputs", "outputs", [5, [5], b"a", [Path("a")]]),
+    ("run", TypeError, "files['a'] must be bytes, str or a binary file", "files", [{"a": 5}, {"a": None}]),
+    ("run", INVALID, "each name in files is empty; write a path", "files", [{"": "x"}]),
+    ("run", INVALID, "output_dir is empty; write '.'", "output_dir", [""]),
     ("run", INVALID, "no limit 'memory'; the limits are cpu_cores, memory_mb", "limits", [{"memory": 1}]),
     ("run", TypeError, "limits must be ResourceLimits or a mapping", "limits", [5, "5", []]),
     ("run", TypeError, "cwd must be str", "cwd", [5, b"/"]),
     ("run", TypeError, "network must be str", "network", [5, True]),
     *[("run", INVALID, "lone surrogate", name, [LONE]) for name in ("image", "cwd", "network")],
     *[("run", INVALID, "lone surrogate", name, [[f"A={LONE}"]]) for name in ("cmd", "env", "files")],
-    ("upload_file", INVALID, "is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_file", INVALID, "is empty; write a path", "remote_path", [""]),
     ("upload_file", TypeError, "path must be str", "remote_path", [5, None, b"a", Path("a")]),
     ("upload_file", TypeError, "must be bytes, str or a binary file", "content", [None, 5, ["a"]]),
     ("upload_file", TypeError, "upload_path", "content", [Path("a"), Path(__file__), Locating()]),
     ("upload_file", TypeError, "opened with mode 'rb'", "content", [io.StringIO("a"), sys.__stderr__]),
     *[("upload_file", INVALID, "lone surrogate", name, [LONE]) for name in ("remote_path", "content")],
-    ("upload_path", INVALID, "is empty; name a file in the server's store", "remote_path", [""]),
+    ("upload_path", INVALID, "is empty; write a path", "remote_path", [""]),
     ("upload_path", TypeError, "must be str", "remote_path", [5, b"a"]),
     ("upload_path", TypeError, "", "local_path", [5, None]),
+    ("upload_path", INVALID, "local_path is empty; write '.'", "local_path", [""]),
+    ("download_path", INVALID, "local_path is empty; write '.'", "local_path", [""]),
     ("upload_path", FileNotFoundError, ".py.missing", "local_path", [f"{__file__}.missing"]),
-    ("download_file", INVALID, "is empty; name a file in the server's store", "path", [""]),
+    ("download_file", INVALID, "is empty; write a path", "path", [""]),
     ("download_file", INVALID, "lone surrogate", "path", [LONE]),
     ("download_file", TypeError, "path must be str", "path", [5, b"a"]),
     *[(method, INVALID, TIME, "timeout", [0, -1, math.nan, "1", True]) for method in ("health", *VALID)],
@@ -4193,7 +4202,7 @@ REFUSED += [
     ("", INVALID, "retries must be a whole number", "retries", [Whole(-1), fractions.Fraction(1, 2)]),
     ("", INVALID, "max_connections must be a whole number", "max_connections", [Whole(0), decimal.Decimal(1)]),
     ("upload_path", INVALID, "exclude must be a list of strings, not one string", "exclude", [".git", ""]),
-    ("upload_path", TypeError, "exclude", "exclude", [[5], [b".git"], [None], b".git", {".git": 1}]),
+    ("upload_path", TypeError, "exclude", "exclude", [5, None, [5], [b".git"], [None], b".git", {".git": 1}]),
     ("wait_until_ready", INVALID, TIME, "timeout", [0, -1, math.nan, "1", True, decimal.Decimal(1)]),
 ]
 
@@ -7346,6 +7355,15 @@ def test_a_server_that_never_listens_is_given_up_with_the_last_reason(client_of:
     assert isinstance(error.__cause__, BoxerConnectionError)
 
 
+def test_a_last_try_that_had_no_time_hides_no_reason(client_of: Clients) -> None:
+    answers: Iterator[list[Any]] = itertools.chain(
+        [[failing("503 Service Unavailable", "warming up")]], itertools.repeat([])
+    )
+    with Host(lambda _: next(answers)) as host:
+        error = outcome(client_of(host.url), WAIT, timeout=0.5)
+    assert is_expected(error, (BoxerTimeoutError, 0, "warming up")) and isinstance(error.__cause__, BoxerAPIError)
+
+
 @pytest.mark.parametrize("timeout", [0.3, fractions.Fraction(3, 10)])
 def test_a_server_that_never_answers_is_given_up_in_time(client_of: Clients, timeout: Any) -> None:
     start = time.monotonic()
@@ -10338,7 +10356,7 @@ RUN_FAILURES: list[tuple[bytes, int, str]] = [
     (
         failing("408 Request Timeout", "execution timed out"),
         124,
-        "execution timed out; --time-limit gives it more time",
+        "execution timed out; --time-limit gives it more time, unless it waits because it wrote too much",
     ),
     (failing("507 Insufficient Storage", "output limit exceeded"), 125, "output limit exceeded; what a program writes"),
     (failing("400 Bad Request", "no\x1b[2J\nsuch"), 125, "no such\n"),
@@ -10372,7 +10390,7 @@ def test_a_server_that_cannot_be_reached_is_one_line_that_says_what_to_do(call_m
 def test_a_deadline_of_our_own_is_125_and_says_what_to_do(call_main: Any) -> None:
     with Peer([[Do.REQUEST]]) as peer:
         code, _, stderr = call_main("run", "--timeout", "0.05", "--url", peer.url, "image", "x")
-    assert code == 125 and stderr.endswith("; --timeout waits longer\n")
+    assert code == 125 and stderr.endswith("; --timeout, or --wait, waits longer\n")
 
 
 def test_json_is_one_object_with_the_result(call_main: Any) -> None:
@@ -10439,7 +10457,12 @@ def test_dot_stands_for_what_is_in_a_folder(call_main: Any, folder: Path, monkey
         ("-f proj/a.txt -f proj/b.txt:a.txt", "-f gives two files the name 'a.txt'; rename one, as LOCAL:NAME"),
         ("-f proj/a.txt:../b", "'../b'"),
         ("-o proj/a.txt", "proj/a.txt: File exists"),
-        ("--memory -1", "memory_mb must be a whole number"),
+        ("--memory -1", "--memory must be a whole number"),
+        ("--cpus -1", "--cpus must be a finite number"),
+        ("--pids -1", "--pids must be a whole number"),
+        ("--time-limit -1", "--time-limit must be a whole number"),
+        ("-f proj/a.txt:", "the remote name is empty"),
+        ("-f :b", "LOCAL is empty"),
         ("-i", "there is no standard input for -i"),
         ("--ca absent", "--ca absent: No such file or directory"),
         ("--ca proj/a.txt", "--ca proj/a.txt: "),
@@ -12388,8 +12411,37 @@ def test_a_download_that_fails_leaves_everything_as_it_was(
 def test_a_download_into_a_folder_that_is_not_there_is_an_error_of_the_system(
     client_of: Clients, tmp_path: Path
 ) -> None:
-    with Host(lambda _: [answer(b"x")]) as host, pytest.raises(FileNotFoundError):
+    with Host(lambda _: [answer(b"x")]) as host, pytest.raises(FileNotFoundError) as caught:
         client_of(host.url).download_path("a", tmp_path / "missing" / "a")
+    assert caught.value.filename == str(tmp_path / "missing" / "a")
+
+
+def test_a_file_uploaded_to_a_path_that_ends_in_a_slash_goes_into_that_folder(
+    client_of: Clients, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with store() as server:
+        assert client_of(server.url).upload_path(tmp_path / "a.txt", "b/") == ["b/a.txt"]
+
+
+# Each row: a working directory beside files of the run's own, and what is sent for it below the run's folder.
+BELOW = [(None, ""), ("", ""), (".", ""), ("a", "/a"), ("a/b/", "/a/b"), ("/tmp", None), ("/", None)]
+
+
+@pytest.mark.parametrize(("cwd", "below"), BELOW)
+def test_a_relative_working_directory_is_below_the_run_s_own_folder(
+    client_of: Clients, cwd: str | None, below: str | None
+) -> None:
+    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
+        client_of(host.url).run("image", ["true"], files={"a/b/c": b""}, cwd=cwd)
+    sent = next(request.json["cwd"] for request in host.seen if "/run" in request.line)
+    assert sent == cwd if below is None else re.fullmatch(f"/boxer-[0-9a-f]{{32}}{below}", sent)
+
+
+def test_a_local_path_in_a_list_of_files_is_told_apart_from_one_on_the_server(client_of: Clients) -> None:
+    with Host(lambda _: [failing("400 Bad Request", "file not found: main.py")]) as host:
+        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"files": ["main.py"]}))
+    assert is_expected(error, (BoxerAPIError, 400, "file not found: main.py; a list in files names what was uploaded"))
 
 
 def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> None:
@@ -13437,8 +13489,8 @@ def test_an_example_says_what_it_lacks(tmp_path: Path, words: list[str]) -> None
 def test_a_file_that_is_written_as_the_readme_says_hides_no_module_of_python() -> None:
     """What lies beside a program comes before the standard library, and may have come from a sandbox."""
     names = set(re.findall(r"\b(\w+)\.py\b", README)) | {path.stem for path in (HERE / ".examples").glob("*.py")}
-    known = getattr(sys, "stdlib_module_names", set())  # from Python 3.10 on
-    assert not names & set(known), names & set(known)
+    known: Iterable[str] = getattr(sys, "stdlib_module_names", ())  # from Python 3.10 on
+    assert not names.intersection(known), names.intersection(known)
 
 
 @of_a_checkout
