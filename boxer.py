@@ -1460,32 +1460,36 @@ _LASTING = ("image pull failed", "spec build failed", "network setup failed", "s
 class _Tries:
     """Decides what is tried again after a failure: only what the server says is over, or what it never began."""
 
-    def __init__(self, request: _Request, retries: int) -> None:
-        self._request = request
+    def __init__(self, call: _Call, retries: int) -> None:
+        self._call = call
         self._retries = retries
         self._made = 0
-        self._races = 0
-        self._max_races = _RACE_TRIES if retries and request.kind is _Kind.RUN else 0
+        self._races_left = _RACE_TRIES if retries and call.request.kind is _Kind.RUN else 0
 
-    def after(self, outcome: _Response | BoxerConnectionError) -> tuple[float, int] | None:
-        """Return the pause in seconds before the next try, and the level to log it at; None: do not try again."""
-        if not _can_be_sent(self._request):
-            return None
+    def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
+        """Return the seconds to wait before another try, which the log is told of; None: there is no other."""
+        call, request = self._call, self._call.request
         error = _server_error(outcome) if isinstance(outcome, _Response) and outcome.code == 500 else None
-        if self._races < self._max_races and error is not None and re.match(_RACE, error):
-            self._races += 1
-            return random.uniform(0.01, 0.05), logging.DEBUG
-        if isinstance(outcome, BoxerConnectionError):
-            is_over = _is_harmless(self._request, outcome)
+        if self._races_left and error is not None and re.match(_RACE, error):
+            self._races_left -= 1
+            pause, log_level = random.uniform(0.01, 0.05), logging.DEBUG
         else:
-            is_over = outcome.code in (429, 503) or (error is not None and not error.startswith(_LASTING))
-        if not is_over or self._made >= self._retries:
+            if isinstance(outcome, BoxerConnectionError):
+                is_over = _is_harmless(request, outcome)
+            else:
+                is_over = outcome.code in (429, 503) or (error is not None and not error.startswith(_LASTING))
+            if not is_over or self._made >= self._retries:
+                return None
+            self._made += 1
+            pause, log_level = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._made, 5), 8.0), logging.WARNING
+            if isinstance(outcome, _Response):
+                pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
+        if not _can_be_sent(request) or pause >= call.deadline.left:
             return None
-        self._made += 1
-        pause = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._made, 5), 8.0)
-        if isinstance(outcome, _Response):
-            pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
-        return pause, logging.WARNING
+        call.check(request.name)
+        reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
+        _LOG.log(log_level, "%s: %s; trying again in %.2f s", request.name, reason[:200], pause)
+        return pause
 
 
 def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
@@ -2270,14 +2274,13 @@ class _Client:
             retries = _whole_number("retries", options.retries)
         else:
             retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
-        tries = _Tries(request, retries)
         call, pool = self._new_call(request, options), self._current_pool()
         asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
         try:
             if self._is_closed or pool.is_closed:  # `close` ends the calls that had begun before
                 raise BoxerConnectionError("the client was closed", request_sent=False)
-            response = await self._last_response(pool, call, tries)
+            response = await self._last_response(pool, call, _Tries(call, retries))
             response.asked = asked
             return interpret(response)
         except BoxerError as error:
@@ -2297,11 +2300,11 @@ class _Client:
                 response = await self._send(pool, call)
                 if response.is_success:
                     return response
-                pause = _pause_after(response, tries, call)
+                pause = tries.pause_after(response)
                 if pause is None:
                     return response
             except BoxerConnectionError as error:
-                pause = _pause_after(error, tries, call)
+                pause = tries.pause_after(error)
                 error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
                 if pause is None:
                     raise
@@ -2489,18 +2492,6 @@ def _tls_context(scheme: str, context: Any) -> ssl.SSLContext | None:
     if not (context is None or isinstance(context, ssl.SSLContext)):
         raise TypeError(f"ssl_context must be an ssl.SSLContext, not {type(context).__name__}")
     return None if scheme == "http" else context or ssl.create_default_context()
-
-
-def _pause_after(outcome: _Response | BoxerConnectionError, tries: _Tries, call: _Call) -> float | None:
-    """Return the seconds to wait before another try, which the log is told of; None: there is no other."""
-    following = tries.after(outcome)
-    if following is None or following[0] >= call.deadline.left:
-        return None
-    pause, log_level = following
-    call.check(call.request.name)
-    reason = _reason(outcome) if isinstance(outcome, _Response) else str(outcome)
-    _LOG.log(log_level, "%s: %s; trying again in %.2f s", call.request.name, reason[:200], pause)
-    return pause
 
 
 class _Workers:
