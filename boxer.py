@@ -3343,31 +3343,27 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Ca
     """
     task = asyncio.ensure_future(awaitable)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the loop reports what nobody asks for
-    interrupt = end or task.cancel
-    earlier = call.cancellation.interrupt_by(lambda: task.get_loop().is_closed() or interrupt())
+
+    def interrupt() -> None:
+        if not task.done() and not task.get_loop().is_closed():
+            (end or task.cancel)()
+
+    earlier = call.cancellation.interrupt_by(interrupt)
     try:
         done, _ = await asyncio.wait((task,), timeout=max(0.0, seconds))
-    except GeneratorExit:  # nobody waits for the call any more, so it cannot wait either
-        if not task.get_loop().is_closed():
-            interrupt()
-        raise
-    except BaseException:
-        await _ended(task, interrupt)
+    except BaseException as error:
+        interrupt()
+        if not isinstance(error, GeneratorExit):  # with that, nobody waits for the call any more, so it cannot wait
+            await asyncio.wait((task,))
         raise
     finally:
         call.cancellation.interrupt_by(earlier)
     if not done:
-        await _ended(task, interrupt)
+        interrupt()
+        await asyncio.wait((task,))
     if not done or task.cancelled() or call.cancellation.reason is not None:
         raise _ConnectionEnd(TimeoutError("timed out"))
     return task.result()
-
-
-async def _ended(task: asyncio.Future[Any], end: Callable[[], Any]) -> None:
-    """End a task, and wait until it is over."""
-    if not task.done() and not task.get_loop().is_closed():
-        end()
-        await asyncio.wait((task,))
 
 
 async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
