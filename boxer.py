@@ -129,7 +129,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Generic, Literal, NamedTuple, Optional, TypeVar, Union, cast
+from typing import IO, Any, Literal, NamedTuple, Optional, TypeVar, Union, cast
 
 __version__ = "1.0.0"
 
@@ -224,7 +224,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.heads: dict[bytes, _Head] = {}  # decoded
-        self.pools: weakref.WeakSet[_Pool[Any]] = weakref.WeakSet()  # all there are
+        self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all there are
         self.originals: weakref.WeakValueDictionary[str, _Client] = weakref.WeakValueDictionary()  # by pickles' tokens
         self.loaded: collections.deque[_Client] = collections.deque(maxlen=_LOADED_LIMIT)  # nothing else keeps these
 
@@ -2027,10 +2027,7 @@ def _is_of_the_system(error: OSError) -> bool:
     return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop", *files}
 
 
-_C = TypeVar("_C", bound=_Connection)
-
-
-class _Pool(Generic[_C]):
+class _Pool:
     """The connections of a client: at most `size` are in use at a time; further calls wait, first come first served.
 
     A call has a turn while it is in `_busy`, with or without a connection as yet. `release` gives both back.
@@ -2041,9 +2038,9 @@ class _Pool(Generic[_C]):
         self.calls: set[_Call] = set()  # all that are going on, with a turn or not
         self._size = size
         self._lock = threading.RLock()  # a signal handler may use the client that it interrupts
-        self._busy: dict[_Call, _C | None] = {}
+        self._busy: dict[_Call, _Connection | None] = {}
         self._queue: dict[_Call, Any] = {}  # first come, first served; with the event that ends the wait
-        self._idle: collections.deque[_C] = collections.deque()  # the one that was used last at the right
+        self._idle: collections.deque[_Connection] = collections.deque()  # the one that was used last at the right
         _KEPT.pools.add(self)
 
     async def exchange(
@@ -2056,8 +2053,7 @@ class _Pool(Generic[_C]):
             if connection.was_opened:
                 try:
                     connection.attach(call)
-                    response: _Response = await connection.exchange(head, body)
-                    return response
+                    return await connection.exchange(head, body)
                 except BoxerConnectionError as error:
                     if call.cancellation.reason or not (
                         _is_harmless(call.request, error) and _can_be_sent(call.request)
@@ -2069,7 +2065,7 @@ class _Pool(Generic[_C]):
         finally:
             self.release(call)
 
-    def _replace(self, call: _Call, connection: _C) -> _C:
+    def _replace(self, call: _Call, connection: _Connection) -> _Connection:
         """Give a call a new connection in place of one that has failed."""
         connection.close()
         new = self._busy[call] = self._new_connection(connection.route)
@@ -2095,7 +2091,7 @@ class _Pool(Generic[_C]):
             call.check(call.request.name)
             raise AssertionError  # pragma: no cover
 
-    def _take_connection(self, route: _Route, call: _Call) -> _C:
+    def _take_connection(self, route: _Route, call: _Call) -> _Connection:
         """Give a call with a turn an idle connection, or else a new one."""
         with self._lock:
             while (idle := self._pop_idle()) is not None:
@@ -2106,7 +2102,7 @@ class _Pool(Generic[_C]):
             new = self._busy[call] = self._new_connection(route)
             return new
 
-    def _pop_idle(self) -> _C | None:
+    def _pop_idle(self) -> _Connection | None:
         """Take the connection that was used last, in one step; None: there is none."""
         try:
             return self._idle.pop()
@@ -2131,7 +2127,7 @@ class _Pool(Generic[_C]):
                     event.set()
                     self._queue.pop(following, None)
 
-    def _keep(self, connection: _C) -> None:
+    def _keep(self, connection: _Connection) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
         connection.detach()
         connection.idle_since = time.monotonic()
@@ -2139,7 +2135,7 @@ class _Pool(Generic[_C]):
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
             self._idle.popleft().close()
 
-    async def _connected(self, connection: _C, call: _Call) -> _C:
+    async def _connected(self, connection: _Connection, call: _Call) -> _Connection:
         """Connect to the first address that accepts; return the connection that did."""
         last: Exception | None = None
         call.check(connection.peer)
@@ -2192,7 +2188,7 @@ class _Pool(Generic[_C]):
     # What each client has in its own way.
 
     _new_event: Callable[[], Any]  # to be set once, and waited for by one call
-    _new_connection: Callable[[_Route], _C]
+    _new_connection: Callable[[_Route], _Connection]
     _seconds_to_wait: Callable[[_Call], Optional[float]]  # for a turn; None: for ever, since that does not count
     _resolve: Callable[[str, int, _Call], Awaitable[Iterable[Any]]]  # look up a name
     pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
@@ -2293,7 +2289,7 @@ class _Client:
             if request.sink is not None:
                 request.sink.is_over = True
 
-    async def _last_response(self, pool: _Pool[Any], call: _Call, tries: _Tries) -> _Response:
+    async def _last_response(self, pool: _Pool, call: _Call, tries: _Tries) -> _Response:
         """Send a request until it succeeds, or may not be tried again."""
         while True:
             try:
@@ -2468,7 +2464,7 @@ class _Client:
 
     # What each client has in its own way.
 
-    _current_pool: Callable[[], _Pool[Any]]
+    _current_pool: Callable[[], _Pool]
     _drop_connections: Callable[[], None]
     _do_blocking: Callable[..., Awaitable[Any]]  # call a function that blocks
     _new_workers: Callable[[Callable[[Any, _Cancellation], Awaitable[Any]], int], _Workers]
@@ -2713,7 +2709,7 @@ class _SyncEvent:
             self._queue.get(timeout=seconds)
 
 
-class _SyncPool(_Pool[_SyncConnection]):
+class _SyncPool(_Pool):
     """The connections of a BoxerClient."""
 
     _new_event = _SyncEvent
@@ -3241,7 +3237,6 @@ class _AsyncConnection(_Connection):
         self._add_writer(protocol)
 
     def _add_writer(self, protocol: _Protocol) -> None:
-        assert protocol.transport is not None
         self._writers.append(asyncio.StreamWriter(protocol.transport, protocol, protocol.reader, self._loop))
 
     async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
@@ -3388,7 +3383,7 @@ class _AsyncEvent:
         await self._future
 
 
-class _AsyncPool(_Pool[_AsyncConnection]):
+class _AsyncPool(_Pool):
     """The connections of an AsyncBoxerClient within one event loop."""
 
     def __init__(self, size: int, origin: _Origin) -> None:
@@ -3649,11 +3644,10 @@ class AsyncBoxerClient(_Client):
             pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"], self._origin)
         return pool
 
-    async def _send(self, pool: Any, call: _Call) -> _Response:
+    async def _send(self, pool: _AsyncPool, call: _Call) -> _Response:
         request = call.request
         head = _encoded_head(request.method, pool.prefix + request.target, {**pool.fields, **request.headers})
-        response: _Response = await pool.exchange(pool.route, self._context, head, request.body, call)
-        return response
+        return await pool.exchange(pool.route, self._context, head, request.body, call)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
