@@ -173,6 +173,7 @@ Timeout = Union[float, None, _Default]
 
 _Piece = Union[bytes, memoryview]  # of a request's body
 _Upload = tuple[str, Union[Content, Path]]  # a remote path, and what to put there
+_LocalPath = Union[str, os.PathLike[str]]
 
 
 # ---- Limits ----------------------------------------------------------------------------------------------------------
@@ -785,7 +786,7 @@ def _local_path(name: str, path: Any) -> Path:
     return Path(path)
 
 
-def _local_files(local_path: str | os.PathLike[str], remote_path: str | None, exclude: Iterable[str]) -> list[_Upload]:
+def _local_files(local_path: _LocalPath, remote_path: str | None, exclude: Iterable[str]) -> list[tuple[str, Path]]:
     """Return what `upload_path` is to send, in the order of the sorted local paths."""
     local = _local_path("local_path", local_path)
     root = local.resolve()
@@ -795,7 +796,7 @@ def _local_files(local_path: str | os.PathLike[str], remote_path: str | None, ex
     if not root.is_dir():
         return [(prefix + own_name if prefix.endswith("/") else prefix, _regular_file(local, root))]
     prefix = _path("remote_path", prefix.rstrip("/"))
-    uploads: list[_Upload] = []
+    uploads = []
     for parts in sorted(_walk(root, patterns)):
         path = root.joinpath(*parts)
         name = _clean_path(f"the name {str(path)!r}", "/".join(parts))
@@ -998,7 +999,7 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
     return target.resolve() if target.is_symlink() else target
 
 
-def _output_target(output_dir: str | os.PathLike[str], name: str) -> Path:
+def _output_target(output_dir: _LocalPath, name: str) -> Path:
     """Return where an output goes below a local folder; make the folders on the way, and go through no link."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2353,11 +2354,7 @@ class _Client:
         return [path for path, _ in uploads]
 
     async def _run(
-        self,
-        run: RunRequest,
-        options: _Options,
-        output_dir: str | os.PathLike[str] | None = None,
-        check: bool = False,
+        self, run: RunRequest, options: _Options, output_dir: _LocalPath | None = None, check: bool = False
     ) -> RunResult:
         """Run a command, with all that goes before and after it."""
         if not isinstance(run, RunRequest):
@@ -2368,9 +2365,7 @@ class _Client:
             result = await self._exchange(_run_request(run), _run_result, options)
         return result.check() if check else result
 
-    async def _run_planned(
-        self, run: RunRequest, options: _Options, output_dir: str | os.PathLike[str] | None
-    ) -> RunResult:
+    async def _run_planned(self, run: RunRequest, options: _Options, output_dir: _LocalPath | None) -> RunResult:
         """Upload what a run needs, run it, remove what is left, and fetch its outputs."""
         if output_dir is not None:
             if run.outputs:
@@ -2406,7 +2401,7 @@ class _Client:
                 _LOG.debug("files of a run were left on the server: %s", error)
 
     async def _fetch_outputs(
-        self, result: RunResult, plan: _Plan, output_dir: str | os.PathLike[str] | None, options: _Options
+        self, result: RunResult, plan: _Plan, output_dir: _LocalPath | None, options: _Options
     ) -> None:
         names, left = plan.outputs, _ANSWER_LIMIT
         if plan.list_name:
@@ -2426,7 +2421,7 @@ class _Client:
             result.outputs[name] = content
             left -= len(content)
 
-    async def _save_output(self, path: str, output_dir: str | os.PathLike[str], name: str, options: _Options) -> None:
+    async def _save_output(self, path: str, output_dir: _LocalPath, name: str, options: _Options) -> None:
         try:
             with _written_whole(_output_target(output_dir, name)) as file:
                 await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
@@ -2861,7 +2856,11 @@ class BoxerClient(_Client):
         ssl_context: Optional[ssl.SSLContext] = None,
         handlers: Iterable[urllib.request.BaseHandler] = (),
     ) -> None:
-        handlers = _checked_handlers(handlers)
+        handlers = tuple(handlers)
+        if not all(hasattr(handler, "add_parent") for handler in handlers):
+            raise TypeError("each of handlers must be a urllib.request.BaseHandler")
+        if any(hasattr(handler, "redirect_request") for handler in handlers):
+            raise BoxerValidationError("redirects are not followed: leave out the HTTPRedirectHandler")
         super().__init__(
             base_url,
             timeout,
@@ -3095,17 +3094,6 @@ class BoxerClient(_Client):
         made = urllib.response.addinfourl(content, response.info(), url, response.code)
         made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
         return made
-
-
-def _checked_handlers(handlers: Any) -> tuple[Any, ...]:
-    if not isinstance(handlers, Iterable):
-        raise TypeError(f"handlers must be a list of urllib.request handlers, not {type(handlers).__name__}")
-    checked = tuple(handlers)
-    if not all(hasattr(handler, "add_parent") for handler in checked):
-        raise TypeError("each of handlers must be a urllib.request.BaseHandler")
-    if any(hasattr(handler, "redirect_request") for handler in checked):
-        raise BoxerValidationError("redirects are not followed: leave out the HTTPRedirectHandler")
-    return checked
 
 
 def _adopted(response: Any, authority: str) -> _Response:
@@ -3833,7 +3821,7 @@ def _named_files(options: Any) -> dict[str, Path]:
             key = path if name != "." else path.partition("/")[2] or Path(local).name
             if key in files:
                 raise BoxerValidationError(f"-f gives two files the name {key!r}; rename one, as LOCAL:NAME")
-            files[key] = cast("Path", file)
+            files[key] = file
     return files
 
 
@@ -3842,7 +3830,7 @@ def _upload(options: Any) -> int:
     local, remote = [*options.words, None][:2]
     with _client(options) as (client, progress):
         files = _local_files(local, remote, options.exclude)
-        sizes = [cast("Path", file).stat().st_size for _, file in files]
+        sizes = [file.stat().st_size for _, file in files]
         with progress.shown("uploading", lambda: sum(sizes)):
             paths = _run_to_completion(client._upload_all(files, _Options()))  # noqa: SLF001 - its own
     _write(sys.stdout, "".join(f"{path}\n" for path in paths).encode())
