@@ -2228,7 +2228,6 @@ class _Client:
             "ssl_context": ssl_context,
         }
         self._origin = _origin(base_url, self._settings["headers"])
-        self._host = _host_and_port(self._origin.authority, 0)[0]
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
         self._opened: Callable[..., Any] = _opened  # the command line counts what is read
@@ -2797,14 +2796,46 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     handler_order = 1000  # behind handlers that a user adds, any of which may answer in its place
 
-    def __init__(self, client: BoxerClient) -> None:
-        self._client = weakref.ref(client)
+    def __init__(self, pool: _SyncPool, origin: _Origin, context: ssl.SSLContext | None, timeout: float) -> None:
+        self._pool = pool
+        self._origin = origin
+        self._host = _host_and_port(origin.authority, 0)[0]
+        self._context = context
+        self._timeout = timeout
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        """Send a request as other handlers have left it, which may have made it themselves."""
-        client = self._client()
-        assert client is not None
-        return client._open(request)  # noqa: SLF001 - the handler is a part of its client
+        """Send a request as other handlers have left it."""
+        if isinstance(request, _OpenerRequest):
+            return self._exchange(request, request.call, self._origin.authority)
+        # A handler of the user's has made it, and expects urllib's own kind of response.
+        own = _Request(request.get_method(), request.selector, {}, b"")
+        call = _Call(own, _Deadline(self._timeout), _Cancellation())
+        self._pool.calls.add(call)
+        try:
+            response = self._exchange(request, call, request.host)
+        finally:
+            self._pool.calls.discard(call)
+        content, url = io.BytesIO(response.content), request.full_url
+        made = urllib.response.addinfourl(content, response.info(), url, response.code)
+        made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
+        return made
+
+    def _exchange(self, request: urllib.request.Request, call: _Call, authority: str) -> _Response:
+        fields = {**request.headers, **request.unredirected_hdrs}
+        if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
+            raise BoxerValidationError("a part of the request's head has a control character in it")
+        tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
+        origin = tunnel or authority
+        authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
+        route = _Route(request.type, request.host, tunnel, authorization, origin)
+        body: Any = request.data or b""
+        fields.setdefault("Host", request.host)
+        if isinstance(body, bytes) and body:
+            fields.setdefault("Content-length", str(len(body)))
+        head = _encoded_head(request.get_method(), request.selector, fields)
+        is_ours = request.type == self._origin.scheme and _host_and_port(origin, 0)[0] == self._host
+        context = self._context if is_ours else _tls_context(request.type, None)
+        return _run_to_completion(self._pool.exchange(route, context, head, body, call))
 
     https_open = http_open
 
@@ -2870,9 +2901,10 @@ class BoxerClient(_Client):
             ssl_context=ssl_context,
         )
         self._settings["handlers"] = handlers
-        self._pools[None] = _SyncPool(self._settings["max_connections"])
+        pool = self._pools[None] = _SyncPool(self._settings["max_connections"])
+        own = _ConnectionHandler(pool, self._origin, self._context, self._settings["timeout"])
         self._opener = urllib.request.OpenerDirector()
-        for handler in (_ConnectionHandler(self), *map(copy.copy, handlers)):  # a handler belongs to one opener
+        for handler in (own, *map(copy.copy, handlers)):  # a handler belongs to one opener
             self._opener.add_handler(handler)
 
     def __enter__(self) -> BoxerClient:
@@ -3061,39 +3093,6 @@ class BoxerClient(_Client):
             sink.rewind()
             sink.write(adopted.content)
         return adopted
-
-    def _open(self, request: urllib.request.Request) -> Any:
-        """Send a request of the opener's over a connection; the handler calls this."""
-        call: _Call | None = getattr(request, "call", None)
-        if call is None:  # a handler of the user's has made it, and expects urllib's own kind of response
-            call = self._new_call(_Request(request.get_method(), request.selector, {}, b""), _Options())
-        fields = {**request.headers, **request.unredirected_hdrs}
-        if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
-            raise BoxerValidationError("a part of the request's head has a control character in it")
-        tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
-        origin = tunnel or (self._origin.authority if isinstance(request, _OpenerRequest) else request.host)
-        authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
-        route = _Route(request.type, request.host, tunnel, authorization, origin)
-        body: Any = request.data or b""
-        fields.setdefault("Host", request.host)
-        if isinstance(body, bytes) and body:
-            fields.setdefault("Content-length", str(len(body)))
-        head = _encoded_head(request.get_method(), request.selector, fields)
-        is_ours = request.type == self._origin.scheme and _host_and_port(origin, 0)[0] == self._host
-        context = self._context if is_ours else _tls_context(request.type, None)
-        pool = self._pools[None]
-        pool.calls.add(call)
-        try:
-            response = _run_to_completion(pool.exchange(route, context, head, body, call))
-        finally:
-            if not isinstance(request, _OpenerRequest):
-                pool.calls.discard(call)
-        if isinstance(request, _OpenerRequest):
-            return response
-        content, url = io.BytesIO(response.content), request.full_url
-        made = urllib.response.addinfourl(content, response.info(), url, response.code)
-        made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
-        return made
 
 
 def _adopted(response: Any, authority: str) -> _Response:
