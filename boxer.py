@@ -1617,12 +1617,13 @@ class _Decoder:
         return content
 
     def end(self, loss: Exception | None) -> None:
-        """Decode the end of the connection; `loss` says why it was lost, if it was."""
+        """Complete a response that goes on to the end of the connection; `loss` says why that was lost, if it was."""
+        why = f" ({loss})" if loss else ""
         if self.response is None:
             where = "within the head of the answer" if self.has_rest else "before an answer came"
-            raise _LostError(f"the connection ended {where}")
+            raise _LostError(f"the connection ended {where}{why}") from loss
         if self._head.is_chunked or self._head.length < math.inf or loss is not None:
-            raise _LostError(f"the connection ended within the content, after {self.size} bytes of it")
+            raise _LostError(f"the connection ended within the content, after {self.size} bytes of it{why}") from loss
         assert self._decoding is not None
         self._decoding.close()
         self._complete()
@@ -1917,7 +1918,11 @@ class _Connection:
                         call.check(self.peer)
         except _ConnectionEnd as end:
             call.check(self.peer)
-            self._decode_end(decoder, end.loss)
+            loss = end.loss
+            if self.is_tls and loss is None and decoder.response is not None:
+                # asyncio cannot tell whether TLS was closed properly or cut off, so neither client counts on it.
+                loss = _LostError("over TLS, the end of the connection is not known to be the end of the content")
+            decoder.end(loss)
         assert decoder.response is not None
         return decoder.response
 
@@ -1933,16 +1938,6 @@ class _Connection:
         elif content := decoder.take(least=_PIECE):
             await self.write(sink, content)
             self.call.deadline.start_again("progress")
-
-    def _decode_end(self, decoder: _Decoder, loss: Exception | None) -> None:
-        """Complete a response that goes on to the end of the connection; raise _LostError for any other."""
-        if self.is_tls and loss is None and decoder.response is not None:
-            # asyncio cannot tell whether TLS was closed properly or cut off, so neither client counts on it.
-            loss = _LostError("over TLS, the end of the connection is not known to be the end of the content")
-        try:
-            decoder.end(loss)
-        except _LostError as error:
-            raise _LostError(f"{error} ({loss})" if loss else str(error)) from loss
 
     def is_fit(self) -> bool:
         """Tell whether an idle connection can be used: it is open, not idle for too long, and nothing has arrived."""
