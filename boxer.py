@@ -2031,6 +2031,7 @@ class _Pool:
 
     def __init__(self, size: int) -> None:
         self.is_closed = False
+        self.was_forked = False  # this process is a forked child
         self.calls: set[_Call] = set()  # all that are going on, with a turn or not
         self._size = size
         self._lock = threading.RLock()  # a signal handler may use the client that it interrupts
@@ -2172,6 +2173,7 @@ class _Pool:
         which the child shares with its parent. Idle connections are dropped at their next use, since /dev/null is
         always readable. Of the calls, only the forking thread's continue here, and they fail.
         """
+        self.was_forked = True
         self._lock = threading.RLock()  # a thread that is not here may hold the other one
         connections = filter(None, (*self._busy.values(), *self._idle))
         for descriptor in {connection.fileno() for connection in connections} - {-1}:
@@ -3378,7 +3380,6 @@ class _AsyncPool(_Pool):
         self.prefix = origin.url if origin.proxy and not tunnel else origin.path
         self.loop = asyncio.get_running_loop()
         self._end_of_loop = self._close_with_loop()
-        self._was_forked = False  # this process is a forked child
 
     _new_event = _AsyncEvent
     _new_connection = _AsyncConnection
@@ -3416,17 +3417,13 @@ class _AsyncPool(_Pool):
 
     def abandon(self) -> None:
         """Close everything from another loop, or after the end of this one."""
-        if self._was_forked:  # call_soon_threadsafe would write to the parent's loop
+        if self.was_forked:  # call_soon_threadsafe would write to the parent's loop
             return
         if self.loop.is_running():
             with contextlib.suppress(RuntimeError):  # it has been closed meanwhile
                 self.loop.call_soon_threadsafe(self.close)
                 return
         self.close()
-
-    def leave_to_parent(self, null: int) -> None:
-        super().leave_to_parent(null)
-        self._was_forked = True
 
 
 class _AsyncWorkers(_Workers):
