@@ -108,6 +108,7 @@ import ssl
 import stat
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -3834,7 +3835,8 @@ def _download(options: Any) -> int:
     with _client(options) as (client, progress):
         if local == "-":
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
-            return _fetch(client, progress, remote, _StandardOutput())
+            # It has no position, since it cannot be rewound: a file that it is appended to would be cut.
+            return _fetch(client, progress, remote, types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
         with _written_whole(_target_path(_path("REMOTE", remote), local)) as file:
             return _fetch(client, progress, remote, file)
 
@@ -3939,14 +3941,6 @@ class _Progress(logging.Handler):
                 line = f"{_ERASE}{work}: {moved if done != of else ''}{seconds:.0f} s"
                 _say(line)
         _say(line and _ERASE)
-
-
-class _StandardOutput:
-    """Standard output as a file that cannot be rewound: one that is appended to would be cut."""
-
-    def write(self, content: bytes) -> int:
-        _write(sys.stdout, content)
-        return len(content)
 
 
 def _write(stream: Any, content: bytes) -> None:
