@@ -1499,7 +1499,8 @@ def _is_harmless(request: _Request, error: BoxerConnectionError) -> bool:
     cause = error.__cause__  # None: the client itself gave up
     if cause is None or isinstance(cause, ssl.SSLCertVerificationError) or _speaks_plain_http(cause):
         return False
-    return not error.request_sent or (request.method == "GET" and isinstance(cause, OSError))
+    is_harmless = not error.request_sent or (request.method == "GET" and isinstance(cause, OSError))
+    return is_harmless and _can_be_sent(request)
 
 
 def _speaks_plain_http(error: BaseException | None) -> bool:
@@ -2053,9 +2054,7 @@ class _Pool:
                     connection.attach(call)
                     return await connection.exchange(head, body)
                 except BoxerConnectionError as error:
-                    if call.cancellation.reason or not (
-                        _is_harmless(call.request, error) and _can_be_sent(call.request)
-                    ):
+                    if not _is_harmless(call.request, error):
                         raise
                 connection = self._replace(call, connection)
             connection = await self._connected(connection, call)
