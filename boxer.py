@@ -902,11 +902,11 @@ class _Plan:
                     self.uploads.append((path, content))
             own = [path for path, _ in self.uploads]
             own += _folders_of(own)
-            files = (own if len(own) <= _MOUNT_LIMIT else [folder]) if own else []
+            files = own if len(own) <= _MOUNT_LIMIT else [folder]
             cwd = str(PurePosixPath("/", folder, cwd or ""))  # a relative one is below the folder
         # The server removes what a run names when that ends with a result; but outputs are to be kept.
         persist = bool(run.persist or run.outputs or lists_outputs)
-        self.server_removes = not persist and (not self.uploads or files != [folder])
+        self.server_removes = not persist and files != [folder]
         if run.input is not None:
             text = _short_text(run.input)
             if text is None:
