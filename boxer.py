@@ -2668,7 +2668,7 @@ class _SyncConnection(_Connection):
             self.call.check(self.peer)
 
     def is_quiet(self) -> bool:
-        return self._socket is not None and not _wait_for(self.fileno(), "r", 0)
+        return not _wait_for(self.fileno(), "r", 0)
 
     def close(self) -> None:
         self.abort()
@@ -3240,8 +3240,10 @@ class _AsyncConnection(_Connection):
 
     def send(self, data: _Piece) -> None:
         self._writers[-1].write(data)
-        is_lost = self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended)
-        self.sent, self._is_cut = self.sent + (not is_lost) * len(data), self._is_cut or is_lost
+        if self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended):
+            self._is_cut = True
+        else:
+            self.sent += len(data)
 
     @property
     def all_is_taken(self) -> bool:  # type: ignore[override]
@@ -3602,9 +3604,7 @@ class AsyncBoxerClient(_Client):
         """
         await self._download_path(path, local_path, self._options(timeout, retries))
 
-    async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await _in_thread(function, *args)
-
+    _do_blocking = staticmethod(_in_thread)
     _new_workers = _AsyncWorkers
 
     def _drop_connections(self) -> None:
