@@ -1034,8 +1034,7 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
             error.filename, error.filename2 = str(target), None
         raise
     finally:
-        with contextlib.suppress(FileNotFoundError):  # it has become the target
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)  # unless it has become the target
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -2311,9 +2310,8 @@ class _Client:
         try:
             while True:
                 try:
-                    await self._exchange(
-                        _HEALTH_REQUEST, _checked, _Options(max(_TIMER_STEP, min(call.deadline.left, 5.0)), 0)
-                    )
+                    seconds = max(_TIMER_STEP, min(call.deadline.left, 5.0))
+                    await self._exchange(_HEALTH_REQUEST, _checked, _Options(seconds, retries=0))
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
                     if reason is None or not isinstance(error, BoxerTimeoutError):  # the last try may have had no time
