@@ -127,7 +127,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple, Optional, TypeVar, Union, cast
@@ -765,7 +764,8 @@ def _content(name: str, content: Any) -> memoryview | IO[bytes]:
         raise TypeError(f"{name} must be a binary file, opened with mode 'rb', not one in text mode")
     if not hasattr(content, "read"):
         raise TypeError(f"{name} must be bytes, str or a binary file, not {type(content).__name__}")
-    _read(content, 0)
+    if _read(content, 0):
+        raise TypeError(f"{name} must be a binary file whose read() takes a size")
     return content  # type: ignore[no-any-return]  # something with read()
 
 
@@ -997,7 +997,7 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
         target /= name
     if target.is_dir():
         raise BoxerValidationError(f"{str(target)!r} is a folder; nothing is written over it")
-    return target.resolve() if target.is_symlink() else target
+    return target
 
 
 def _output_target(output_dir: _LocalPath, name: str) -> Path:
@@ -1016,14 +1016,25 @@ def _output_target(output_dir: _LocalPath, name: str) -> Path:
 
 
 @contextlib.contextmanager
+def _written(target: Path) -> Iterator[IO[bytes]]:
+    """Open what a download goes into: a device or a pipe itself, which must not become a file, or else a new file."""
+    if not target.exists() or target.is_file():
+        with _written_whole(target.resolve() if target.is_symlink() else target) as file:
+            yield file
+        return
+    # A pipe that nobody reads is an error, since to wait for a reader might never end.
+    flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(target, "wb", buffering=0, opener=lambda path, _: os.open(path, flags)) as device:
+        if hasattr(os, "O_NONBLOCK"):  # pragma: no branch - Windows has none
+            os.set_blocking(device.fileno(), True)
+        yield cast("IO[bytes]", device)
+
+
+@contextlib.contextmanager
 def _written_whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside the target, and put it in the target's place once it is whole."""
     temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
     try:
-        if target.exists() and not target.is_file():  # a device or a pipe must not become a file
-            with target.open("wb", buffering=0) as file:
-                yield cast("IO[bytes]", file)
-            return
         with temporary.open("xb") as file:
             if target.exists():
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode))  # what was private stays so
@@ -1031,10 +1042,10 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
     except OSError as error:
         if error.errno is not None:  # a system call has failed: it was about the target, as far as the caller knows
-            error.filename, error.filename2 = str(target), None
+            error.filename = str(target)
         raise
     finally:
-        temporary.unlink(missing_ok=True)  # unless it has become the target
+        temporary.unlink(missing_ok=True)  # it may have become the target
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -1090,10 +1101,12 @@ def _run_result(response: _Response) -> RunResult:
         raise BoxerAPIError(f"{_reason(response)}; {what}", 400)
     members = _json_object(response)
     try:
-        return RunResult(*[members[name] for name in _RESULT_TYPES])
+        result = RunResult(*[members[name] for name in _RESULT_TYPES])
+        _text("exec_id", result.exec_id)
+        return result
     except KeyError as error:
         raise BoxerAPIError(f"the result has no {error}; {_doubt(response)}", response.code) from error
-    except TypeError as error:
+    except (BoxerValidationError, TypeError) as error:
         raise BoxerAPIError(f"the result is malformed: {error}; {_doubt(response)}", response.code) from error
 
 
@@ -2007,21 +2020,24 @@ def _system_errors() -> Iterator[None]:
 
 
 def _is_of_the_system(error: OSError) -> bool:
-    """Tell a failed system call from an OSError that a signal handler raised during one.
+    """Tell a failed system call from an OSError that code of the caller's raised during one."""
+    is_for_certain = isinstance(error, (socket.gaierror, ssl.SSLError))
+    return not isinstance(error, BoxerError) and (is_for_certain or _is_own(error))
 
-    A handler leaves a frame of another module in the traceback, be it one of the package that holds this one.
+
+def _is_own(error: BaseException) -> bool:
+    """Tell an error of what this client does from one that code of the caller's has raised meanwhile.
+
+    A signal handler, or a file object, leaves a frame of another module in the traceback, be it one of the package that
+    holds this one, and even if it is an error of another client, which it uses.
     """
-    if isinstance(error, BoxerError):
-        return False
-    if isinstance(error, (socket.gaierror, ssl.SSLError)):
-        return True
     trace, modules = error.__traceback__, set()
     while trace is not None:
         modules.add(str(trace.tb_frame.f_globals.get("__name__")))
         trace = trace.tb_next
     others = {name.partition(".")[0] for name in modules - {__name__}}
     files = {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
-    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "uvloop", *files}
+    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "urllib", "uvloop", *files}
 
 
 class _Pool:
@@ -2053,7 +2069,7 @@ class _Pool:
                     connection.attach(call)
                     return await connection.exchange(head, body)
                 except BoxerConnectionError as error:
-                    if not _is_harmless(call.request, error):
+                    if not (_is_own(error) and _is_harmless(call.request, error)):
                         raise
                 connection = self._replace(call, connection)
             connection = await self._connected(connection, call)
@@ -2247,7 +2263,7 @@ class _Client:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self._is_closed or (self._original is not None and self._original._is_closed):  # noqa: SLF001 - a client
             raise RuntimeError(f"{self!r} is closed")
 
     def _options(self, timeout: Timeout = _OWN, retries: int | None = None) -> _Options:
@@ -2276,6 +2292,8 @@ class _Client:
             response.asked = asked
             return interpret(response)
         except BoxerError as error:
+            if not _is_own(error):
+                raise
             where = [asked] if isinstance(error, BoxerConnectionError) else []
             where += [f"file {request.path!r}"] if request.path else []
             error.args = (f"{error} ({', '.join(where)})" if where else str(error), *error.args[1:])
@@ -2296,6 +2314,8 @@ class _Client:
                 if pause is None:
                     return response
             except BoxerConnectionError as error:
+                if not _is_own(error):
+                    raise
                 pause = tries.pause_after(error)
                 error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
                 if pause is None:
@@ -2314,6 +2334,8 @@ class _Client:
                     await self._exchange(_HEALTH_REQUEST, _checked, _Options(seconds, retries=0))
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
+                    if not _is_own(error):
+                        raise
                     if reason is None or not isinstance(error, BoxerTimeoutError):  # the last try may have had no time
                         reason = error
                     if call.deadline.left < _SHORTEST_PAUSE:
@@ -2366,7 +2388,12 @@ class _Client:
                 raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
             _local_path("output_dir", output_dir)
             _check_shell_names(run.env)
-        plan: _Plan = await self._do_blocking(_Plan, run, run.outputs is True or output_dir is not None)
+        contents = run.files.values() if isinstance(run.files, dict) else ()
+        make_plan: Callable[[], _Plan] = functools.partial(_Plan, run, run.outputs is True or output_dir is not None)
+        if all(isinstance(content, (bytes, bytearray, memoryview, str)) for content in contents):
+            plan = make_plan()
+        else:
+            plan = await self._do_blocking(options, make_plan)
         try:
             await self._upload_all(plan.uploads, options, plan)
             result = await self._exchange(_run_request(plan.run), _run_result, options)
@@ -2392,6 +2419,8 @@ class _Client:
             try:
                 await self._exchange(_run_request(run), _run_result, _Options(left, 2, options.cancellation))
             except BoxerError as error:
+                if not _is_own(error):
+                    raise
                 _LOG.debug("files of a run were left on the server: %s", error)
 
     async def _fetch_outputs(
@@ -2428,7 +2457,7 @@ class _Client:
         if hasattr(local, "write"):
             await self._exchange(_download_request(path, _Sink(local)), _file_content, options)
             return
-        with _written_whole(_target_path(_path("path", path), local)) as file:
+        with _written(_target_path(_path("path", path), local)) as file:
             await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
 
     def _run_many(
@@ -2437,13 +2466,12 @@ class _Client:
         async def attempt(request: RunRequest, cancellation: _Cancellation) -> RunResult | BoxerError:
             try:
                 return await self._run(request, options._replace(cancellation=cancellation))
-            except BoxerError as error:
-                if isinstance(error, BoxerConnectionError) and not error.request_sent:
-                    raise  # no connection can be made any more: this goes for all that follow, too
-                return error
-            except OSError as error:
-                if not _is_of_the_system(error):
+            except (BoxerError, OSError) as error:
+                no_connection = isinstance(error, BoxerConnectionError) and not error.request_sent
+                if no_connection or not _is_own(error):  # this goes for all that follow, too
                     raise
+                if isinstance(error, BoxerError):
+                    return error
                 failure = BoxerError(str(error))  # a local file cannot be read: that goes for this run alone
                 failure.__cause__ = error
                 return failure
@@ -2455,7 +2483,7 @@ class _Client:
 
     _current_pool: Callable[[], _Pool]
     _drop_connections: Callable[[], None]
-    _do_blocking: Callable[..., Awaitable[Any]]  # call a function that blocks
+    _do_blocking: Callable[..., Awaitable[Any]]  # call a function that looks at local files, which takes time
     _new_workers: Callable[[Callable[[Any, _Cancellation], Awaitable[Any]], int], _Workers]
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
@@ -2479,12 +2507,22 @@ def _tls_context(scheme: str, context: Any) -> ssl.SSLContext | None:
     return None if scheme == "http" else context or ssl.create_default_context()
 
 
+@dataclass(eq=False)
+class _Job:
+    """A call of many, and what came of it."""
+
+    item: Any = None  # what it is called with
+    result: Any = None
+    error: BaseException | None = None
+    is_done: bool = False
+
+
 class _Workers:
     """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
 
-    fetch: Callable[[AsyncIterator[Any]], Any]  # ask for an item; return the future of it
-    start: Callable[[Any], Any]  # call the function with an item; return the future of its result
-    next_done: Callable[[], Awaitable[Any]]  # wait for the next of these futures that is done
+    fetch: Callable[[AsyncIterator[Any]], _Job]  # ask for an item, which will be the result
+    start: Callable[[Any], _Job]  # call the function with an item
+    next_done: Callable[[], Awaitable[_Job]]  # wait for the next one that is done
     cancel: Callable[[], None]  # the calls that are going on
     end: Callable[[], Awaitable[None]]  # cancel them, and wait until they have ended
 
@@ -2499,7 +2537,7 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
     When one call fails, or the iteration does, yield what had finished, end the other calls, and raise the error.
     """
     source = items.__aiter__() if hasattr(items, "__aiter__") else _as_async(items)
-    started: dict[Any, Any] = {}  # by its future, an item whose result was not yielded yet
+    started: dict[_Job, None] = {}  # those whose result was not yielded yet, in their order
     running, fetching, has_more = 0, None, True
     try:
         while has_more or started:
@@ -2508,26 +2546,22 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
             done = await workers.next_done()
             if done is not fetching:
                 running -= 1
-            elif _has_succeeded(done):
+            elif done.error is None:
                 fetching, running = None, running + 1
-                started[workers.start(done.result())] = done.result()
-            elif isinstance(done.exception(), StopAsyncIteration):
+                started[workers.start(done.result)] = None
+            elif isinstance(done.error, StopAsyncIteration):
                 fetching, has_more = None, False
                 continue
-            has_failed = not _has_succeeded(done)
-            for future in list(started):
-                if _has_succeeded(future):
-                    yield started.pop(future), future.result()
-                elif is_ordered and not has_failed:
+            for job in list(started):
+                if job.is_done and job.error is None:
+                    del started[job]
+                    yield job.item, job.result
+                elif is_ordered and done.error is None:
                     break
-            if has_failed:
-                done.result()
+            if done.error is not None:
+                raise done.error
     finally:
         await workers.end()
-
-
-def _has_succeeded(future: Any) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
 
 
 async def _as_async(items: Iterable[_T]) -> AsyncGenerator[_T, None]:
@@ -2726,40 +2760,61 @@ _STOPPED = "stopped, because another call failed or the caller gave up"
 
 
 class _SyncWorkers(_Workers):
-    """Calls in threads, which have the context variables of the thread that starts them."""
+    """Calls in threads, which have the context variables of the thread that starts them.
+
+    Between the threads there are only queues of the `queue.SimpleQueue` kind. The locks of `concurrent.futures` are
+    written in Python: an interrupt at the wrong moment leaves one taken, and the call would never end.
+    """
 
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
-        self._executor = ThreadPoolExecutor(count)
-        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends a thread
+        self._done: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._active: set[_Cancellation] = set()
         self._is_cancelled = False
 
-    def start(self, item: Any) -> Future[Any]:
-        cancellation = _Cancellation()
+    def start(self, item: Any) -> _Job:
+        job, cancellation = _Job(item), _Cancellation()
         self._active.add(cancellation)
         if self._is_cancelled:
             cancellation.cancel(_STOPPED)
-        future = self._executor.submit(contextvars.copy_context().run, self._call, item, cancellation)
-        future.add_done_callback(self._done.put)
-        return future
+        call = functools.partial(contextvars.copy_context().run, self._call, job, cancellation)
+        if threading.main_thread().is_alive():
+            if len(self._threads) < min(self.count, len(self._active)):
+                # A daemon, so that an iteration that is never ended does not keep the interpreter from its exit.
+                thread = threading.Thread(target=self._work, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._jobs.put(call)
+        else:  # no thread can start at the exit of the interpreter
+            call()  # pragma: no cover - coverage is not measured any more by then
+        return job
 
-    def _call(self, item: Any, cancellation: _Cancellation) -> Any:
+    def _work(self) -> None:
+        while (call := self._jobs.get()) is not None:
+            call()
+
+    def _call(self, job: _Job, cancellation: _Cancellation) -> None:
+        self._finish(job, self._function(job.item, cancellation))
+        self._active.discard(cancellation)
+
+    def _finish(self, job: _Job, awaitable: Awaitable[Any]) -> None:
         try:
-            return _run_to_completion(self._function(item, cancellation))
-        finally:
-            self._active.discard(cancellation)
+            job.result = _run_to_completion(awaitable)
+        except BaseException as error:  # noqa: BLE001 - `_each` raises it
+            job.error = error
+        job.is_done = True
+        self._done.put(job)
 
-    def fetch(self, source: AsyncIterator[Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(_run_to_completion(source.__anext__()))
-        except Exception as error:  # noqa: BLE001 - it is raised when the future is asked
-            future.set_exception(error)
-        self._done.put(future)
-        return future
+    def fetch(self, source: AsyncIterator[Any]) -> _Job:
+        job = _Job()
+        self._finish(job, source.__anext__())
+        if not isinstance(job.error, (Exception, type(None))):
+            raise job.error  # an interrupt of this thread
+        return job
 
-    async def next_done(self) -> Future[Any]:
+    async def next_done(self) -> _Job:
         return self._done.get()
 
     def cancel(self) -> None:
@@ -2769,7 +2824,10 @@ class _SyncWorkers(_Workers):
 
     async def end(self) -> None:
         self.cancel()
-        self._executor.shutdown()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
 
 class _OpenerRequest(urllib.request.Request):
@@ -3062,7 +3120,7 @@ class BoxerClient(_Client):
         """
         _run_to_completion(self._download_path(path, local_path, self._options(timeout, retries)))
 
-    async def _do_blocking(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def _do_blocking(self, _: _Options, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
     _new_workers = _SyncWorkers
@@ -3347,9 +3405,16 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Ca
 
 async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
     """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
+
+    def call() -> _T:
+        try:
+            return function(*args)
+        except StopIteration as error:  # a future cannot hold it, and is waited for in vain before Python 3.12
+            raise RuntimeError("StopIteration was raised") from error
+
     if not threading.main_thread().is_alive():
-        return function(*args)  # pragma: no cover - coverage is not measured any more by then
-    return await asyncio.to_thread(function, *args)
+        return call()  # pragma: no cover - coverage is not measured any more by then
+    return await asyncio.to_thread(call)
 
 
 class _AsyncEvent:
@@ -3431,27 +3496,34 @@ class _AsyncWorkers(_Workers):
 
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
-        self._active: set[asyncio.Future[Any]] = set()
-        self._done: asyncio.Queue[asyncio.Future[Any]] | None = None  # made in the loop, as Python 3.9 wants it
+        self._active: set[asyncio.Task[None]] = set()
+        self._done: asyncio.Queue[_Job] | None = None  # made in the loop, as Python 3.9 wants it
 
-    def fetch(self, source: AsyncIterator[Any]) -> asyncio.Future[Any]:
-        return self._follow(source.__anext__())
+    def fetch(self, source: AsyncIterator[Any]) -> _Job:
+        return self._begin(_Job(), source.__anext__)
 
-    def start(self, item: Any) -> asyncio.Future[Any]:
-        return self._follow(self._function(item, _Cancellation()))
+    def start(self, item: Any) -> _Job:
+        return self._begin(_Job(item), self._function, item, _Cancellation())
 
-    def _follow(self, awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
+    def _begin(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> _Job:
         self._done = self._done or asyncio.Queue()
-        task = asyncio.ensure_future(awaitable)
+        task = asyncio.ensure_future(self._finish(job, function, *args))
         self._active.add(task)
-        task.add_done_callback(self._done.put_nowait)
-        return task
+        task.add_done_callback(self._active.discard)
+        return job
 
-    async def next_done(self) -> asyncio.Future[Any]:
+    async def _finish(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        try:
+            job.result = await function(*args)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - `_each` raises it
+            job.error = error
+        job.is_done = True
         assert self._done is not None
-        task = await self._done.get()
-        self._active.discard(task)
-        return task
+        self._done.put_nowait(job)
+
+    async def next_done(self) -> _Job:
+        assert self._done is not None
+        return await self._done.get()
 
     def cancel(self) -> None:
         for task in self._active:
@@ -3582,7 +3654,8 @@ class AsyncBoxerClient(_Client):
         and for a link that leaves the folder, leads nowhere, or leads to a folder.
         """
         options = self._options(timeout, retries)
-        return await self._upload_all(await self._do_blocking(_local_files, local_path, remote_path, exclude), options)
+        uploads = await self._do_blocking(options, _local_files, local_path, remote_path, exclude)
+        return await self._upload_all(uploads, options)
 
     async def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
@@ -3602,7 +3675,15 @@ class AsyncBoxerClient(_Client):
         """
         await self._download_path(path, local_path, self._options(timeout, retries))
 
-    _do_blocking = staticmethod(_in_thread)
+    async def _do_blocking(self, options: _Options, function: Callable[..., Any], *args: Any) -> Any:
+        call = self._new_call(_HEALTH_REQUEST, options)
+        call.deadline.start_again("end of reading")
+        try:
+            return await _within(call.deadline.left, _in_thread(function, *args), call)
+        except _ConnectionEnd:
+            call.check("local files")
+            raise  # pragma: no cover - nothing else ends it
+
     _new_workers = _AsyncWorkers
 
     def _drop_connections(self) -> None:
@@ -3792,10 +3873,20 @@ def _result(options: Any) -> RunResult:
         given["limits"] = {name: getattr(options, name) for name in ResourceLimits.__dataclass_fields__}
         if options.has_input and sys.stdin is None:
             raise BoxerValidationError("there is no standard input for -i")
-        given["input"] = sys.stdin.buffer.read() if options.has_input else None
+        given["input"] = b"".join(_standard_input()) if options.has_input else None
         sizes = [file.stat().st_size for file in files.values()]
         with progress.shown("running", lambda: sum(sizes)):
             return client.run(options.words[0], options.words[1:], files=files, **given)
+
+
+def _standard_input() -> Iterator[bytes]:
+    piece: bytes | None = None
+    while piece != b"":
+        piece = sys.stdin.buffer.read(_PIECE)
+        if piece is None:  # it does not block, and nothing has come yet
+            _wait_for(sys.stdin.fileno(), "r", 1.0)
+        else:
+            yield piece
 
 
 def _named_files(options: Any) -> dict[str, Path]:
@@ -3834,7 +3925,7 @@ def _download(options: Any) -> int:
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
             # It has no position, since it cannot be rewound: a file that it is appended to would be cut.
             return _fetch(client, progress, remote, types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
-        with _written_whole(_target_path(_path("REMOTE", remote), local)) as file:
+        with _written(_target_path(_path("REMOTE", remote), local)) as file:
             return _fetch(client, progress, remote, file)
 
 

@@ -9109,10 +9109,12 @@ def test_the_connections_of_a_loop_that_has_stopped_are_closed() -> None:
 
 AT_EXIT = """
 import asyncio, atexit, io, socket, sys
-from boxer import AsyncBoxerClient, BoxerClient
+from boxer import AsyncBoxerClient, BoxerClient, RunRequest
 
 look_up = socket.getaddrinfo
 socket.getaddrinfo = lambda host, *args, **more: look_up(host.replace("boxer.test", "127.0.0.1"), *args, **more)
+
+runs = [RunRequest("image", ["true"])] * 3
 
 async def use_async(url):
     async with AsyncBoxerClient(url) as client:
@@ -9122,11 +9124,15 @@ async def use_async(url):
         with open("a.txt", "rb") as file:
             await client.upload_file("a.txt", file)
         print(await client.upload_path("a.txt"), await client.download_file("a.txt"))
+        await client.run("image", ["true"], files={"a": b"", "b": b""}, input=b"\\0")
+        print(len([result.stdout async for _, result in client.run_many(runs)]))
 
 def use(url):
     with BoxerClient(url) as client:
         print(client.run("image", ["true"]).stdout, end="")
         print(client.upload_path("a.txt"), client.download_file("a.txt"))
+        client.run("image", ["true"], files={"a": b"", "b": b""}, input=b"\\0")
+        print(len([result.stdout for _, result in client.run_many(runs)]))
 
 kind, url = sys.argv[1:]
 atexit.register(lambda: use(url) if kind == "sync" else asyncio.run(use_async(url)))
@@ -9140,8 +9146,8 @@ def test_a_client_works_at_the_exit_of_the_interpreter(tmp_path: Path, kind: str
     answers = {"POST /run": RAN, "POST /files": STORED}
     with Host(lambda request: [answers.get(request.line.rpartition(" ")[0], answer("abc"))]) as server:
         printed = program_beside_boxer(tmp_path, AT_EXIT, kind, f"http://{host}:{server.port}")
-    assert printed == "hi\n['a.txt'] b'abc'\n"
-    uploads = [request for request in server.seen if "POST /files" in request.line]
+    assert printed == "hi\n['a.txt'] b'abc'\n3\n"
+    uploads = [request for request in server.seen if "POST /files" in request.line and b"boxer-" not in request.body]
     assert [b"content" in request.body for request in uploads] == [True] * (1 if kind == "sync" else 4)
 
 
@@ -9628,6 +9634,42 @@ def test_what_a_signal_handler_raises_leaves_the_wait_for_an_answer_as_it_is(
         with raises_the_alarm(ringing, kind):
             client.download_file("a.txt")  # which would be sent again after a lost connection
         assert client.health()
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["fresh", "kept"])
+@pytest.mark.parametrize("call", [RUN_IT, GET_HEALTH, DOWNLOAD, ("wait_until_ready", (), {})], ids=str)
+def test_what_another_client_raises_in_a_signal_handler_is_not_taken_for_the_call_s_own(
+    ringing: Ringing, call: Call, is_kept: bool
+) -> None:
+    first: list[Any] = [Do.REQUEST, WELL] if is_kept else []
+    script = [[*first, Do.REQUEST, ringing.start, Do.GONE], [Do.REQUEST, WELL]]
+    elsewhere = refused_url()
+    with Peer(script) as peer, BoxerClient(peer.url) as client, BoxerClient(elsewhere, retries=0) as other:
+        ringing.action = lambda: other.run("image", ["true"])
+        assert not is_kept or client.health()
+        with pytest.raises(BoxerConnectionError) as caught:
+            do(client, call)
+        assert elsewhere.partition("//")[2] in str(caught.value) and peer.authority not in str(caught.value)
+        assert not caught.value.request_sent
+        assert client.health() and peer.connections == 2
+
+
+@pytest.mark.parametrize("error", [BoxerConnectionError("mine", request_sent=False), BoxerAPIError("mine", 503)])
+def test_an_error_of_this_module_that_a_file_raises_is_the_file_s(client_of: Clients, error: BoxerError) -> None:
+    class Odd(io.BytesIO):
+        count = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            if size:
+                self.count += 1
+                raise error
+            return b""
+
+    file = Odd(b"content")
+    with Frail(lambda _: [STORED]) as host, pytest.raises(type(error)) as caught:
+        client_of(host.url).upload_file("a.txt", file)
+    assert caught.value is error and str(error) == "mine" and file.count == 1
+    assert getattr(error, "request_sent", False) is False
 
 
 @ALARMS
@@ -10526,6 +10568,22 @@ def test_standard_input_is_given_to_the_program(call_main: Any) -> None:
     with Peer.answering(RAN) as peer:
         assert call_main("run", "--url", peer.url, "-i", "image", "x", stdin=b"1 2\r\n3").code == 0
     assert "1 2\r\n3" in peer.request.json["cmd"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such input here")
+def test_standard_input_that_does_not_block_is_read_to_its_end() -> None:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    with Peer.answering(RAN) as peer:
+        line = command_line("run", "--url", peer.url, "-i", "image", "x")
+        with subprocess.Popen(line, stdin=read, stdout=subprocess.DEVNULL) as process:
+            os.close(read)
+            for text in (b"first ", b"second"):
+                threading.Event().wait(0.3)  # it finds nothing, or the end of what had come
+                os.write(write, text)
+            os.close(write)
+            assert process.wait(30) == 0
+    assert "first second" in peer.request.json["cmd"]
 
 
 def test_standard_input_is_not_read_unless_asked_for(call_main: Any) -> None:
@@ -12251,6 +12309,45 @@ def test_an_output_takes_the_place_of_a_link_and_does_not_follow_it(client_of: C
         assert not (target / "a").is_symlink()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
+def test_no_output_goes_into_a_pipe_or_through_a_link_to_one(client_of: Clients, outside: Path) -> None:
+    os.mkfifo(outside / "pipe")
+    os.mkfifo(outside.parent / "target" / "b")
+    (outside.parent / "target" / "a").symlink_to(outside / "pipe")
+    pipe = os.open(outside / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with Host(Kept({"a": b"evil", "b": b"evil"})) as host:
+        client_of(host.url).run("image", ["true"], output_dir=outside.parent / "target")
+    assert os.read(pipe, 100) == b"" and (outside / "pipe").is_fifo()
+    assert all((outside.parent / "target" / name).read_bytes() == b"evil" for name in "ab")
+    os.close(pipe)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such limit here")
+@pytest.mark.parametrize("is_json", [None, False, True], ids=["client", "command", "command with JSON"])
+def test_a_disk_that_fills_up_is_an_error_with_the_result(
+    client_of: Clients, call_main: Any, tmp_path: Path, is_json: bool | None
+) -> None:
+    import resource
+
+    limits, (name, *_) = resource.getrlimit(resource.RLIMIT_FSIZE), ["large"]
+    with Host(Kept({name: bytes(4 * MIB)})) as host:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, limits[1]))
+        try:
+            if is_json is None:
+                got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
+            else:
+                said = call_main("run", "--url", host.url, *["--json"] * is_json, "-o", "x", "image", "x")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if is_json is None:
+        assert (
+            is_expected(got, (BoxerError, None, f"the output {name!r} could not be written")) and got.result == RESULT
+        )
+    else:
+        assert said.code == 125 and (json.loads(said.stdout)["stdout"] if is_json else said.stdout.decode()) == "hi\n"
+    assert list((tmp_path / "x").iterdir()) == []
+
+
 def test_the_folder_of_outputs_may_itself_be_a_link(client_of: Clients, outside: Path) -> None:
     (outside.parent / "link").symlink_to("target")
     with Host(Kept({"a/b": b"new"})) as host:
@@ -12438,6 +12535,59 @@ def test_a_relative_working_directory_is_below_the_run_s_own_folder(
     assert sent == cwd if below is None else re.fullmatch(f"/boxer-[0-9a-f]{{32}}{below}", sent)
 
 
+@pytest.mark.parametrize("exec_id", ["a\0b", LONE], ids=ascii)
+def test_a_result_that_no_output_can_be_fetched_for_is_the_server_s_fault(client_of: Clients, exec_id: str) -> None:
+    with Host(lambda _: [answer({**RUN, "exec_id": exec_id})]) as host:
+        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": ["a"]}))
+    assert is_expected(error, (BoxerAPIError, 200, "the result is malformed: exec_id has"))
+
+
+@pytest.mark.parametrize("can_be_rewound", [False, True])
+def test_a_file_that_ends_as_an_iterator_does_is_an_error(client_of: Clients, can_be_rewound: bool) -> None:
+    class Iterating(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if size:
+                raise StopIteration
+            return b""
+
+        def seek(self, *args: Any) -> int:
+            if not can_be_rewound:
+                raise io.UnsupportedOperation
+            return super().seek(*args)
+
+    with Frail(lambda _: [STORED]) as host, pytest.raises(RuntimeError, match="StopIteration"):
+        client_of(host.url).upload_file("a.txt", Iterating(b"content"))
+
+
+def test_a_file_that_does_not_heed_the_size_is_refused(client_of: Clients) -> None:
+    class Whole(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read()
+
+    with Peer([]) as peer, pytest.raises(TypeError, match="takes a size"):
+        client_of(peer.url).run("image", ["true"], files={"a": Whole(b"content")})
+
+
+def test_text_needs_no_thread_of_a_loop_whose_threads_are_busy() -> None:
+    async def main() -> list[Any]:
+        loop, is_over = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, is_over.wait, 30)
+        async with AsyncBoxerClient(host.url, timeout=0.5) as client:
+            text = await client.run("image", ["true"], files={"a": "1", "b": b"2"}, input="x", outputs=["a"])
+            try:
+                await client.run("image", ["true"], files={"a": io.BytesIO(b"1")})
+            except BoxerTimeoutError as error:
+                return [text.ok, error.status_code, str(error)]
+            finally:
+                is_over.set()
+                await busy
+        return []
+
+    with Host(Kept({"a": b"x"})) as host:
+        assert asyncio.run(main()) == [True, 0, "local files: no end of reading within 0.5 s; the client gave up"]
+
+
 def test_a_local_path_in_a_list_of_files_is_told_apart_from_one_on_the_server(client_of: Clients) -> None:
     with Host(lambda _: [failing("400 Bad Request", "file not found: main.py")]) as host:
         error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"files": ["main.py"]}))
@@ -12453,10 +12603,20 @@ def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> N
 @pytest.mark.skipif(os.name == "nt", reason="there are no devices here")
 def test_a_download_to_a_device_does_not_replace_it(client_of: Clients, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with Host(lambda _: [answer(b"content")]) as host, ThreadPoolExecutor(1) as executor:
-        reading = executor.submit((tmp_path / "pipe").read_bytes)
-        client_of(host.url).download_path("a", tmp_path / "pipe")
-        assert reading.result() == b"content" and (tmp_path / "pipe").is_fifo()
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "link").symlink_to(f"/proc/self/fd/{reading}")  # as /dev/stdout is one: it leads to no path
+    with Host(lambda _: [answer(b"content")]) as host:
+        for name in ("pipe", "link")[: 2 if sys.platform == "linux" else 1]:
+            client_of(host.url).download_path("a", tmp_path / name)
+            assert os.read(reading, 100) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reading)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
+def test_a_download_to_a_pipe_that_nobody_reads_does_not_wait_for_ever(client_of: Clients, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Peer([]) as peer, pytest.raises(OSError, match="pipe"):
+        client_of(peer.url).download_path("a", tmp_path / "pipe")
 
 
 def test_a_download_to_disk_has_the_permissions_of_any_new_file(client_of: Clients, tmp_path: Path) -> None:
@@ -13020,6 +13180,33 @@ def test_a_task_that_is_cancelled_in_many_runs_kills_them() -> None:
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("what", ["many runs", "files of a run"])
+def test_many_calls_at_once_take_no_lock_that_an_interrupt_would_leave_taken(what: str) -> None:
+    """`Condition.__enter__` is written in Python: an interrupt as it returns leaves its lock taken for ever."""
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        if event == "return" and frame.f_code is threading.Condition.__enter__.__code__:
+            names = []
+            while frame is not None:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            if "start" not in names[:4]:  # to start a thread takes such a lock, in any program
+                raise KeyboardInterrupt
+
+    def call() -> int:
+        sys.setprofile(interrupt)
+        try:
+            if what == "many runs":
+                return len(list(client.run_many(numbered(20), concurrency=4)))
+            return client.run("image", ["true"], files={str(number): b"" for number in range(20)}).exit_code + 20
+        finally:
+            sys.setprofile(None)
+
+    answers = {"POST /run": RAN, "POST /files": STORED}
+    with Host(lambda request: [answers[request.line.rpartition(" ")[0]]]) as host, BoxerClient(host.url) as client:
+        assert in_time(call) == 20
+
+
 @in_a_sandbox
 @of_the_stand_in
 def test_an_interrupt_in_many_runs_kills_them(interrupts: Interrupts) -> None:
@@ -13233,6 +13420,17 @@ def test_copies_of_a_client_in_one_process_share_its_connections_and_need_no_clo
         assert client.run("i", ["c"]) == RESULT
         client_of.take(pickle.loads(pickle.dumps(real)))  # which closes the connection of them all
     assert host.connections <= 2  # one of the client's own, perhaps
+
+
+def test_a_copy_of_a_client_that_was_closed_is_closed(client_of: Clients) -> None:
+    with Host(lambda _: [WELL]) as host:
+        client = client_of(host.url)
+        real = client.client if isinstance(client, PlainCalls) else client
+        copied = client_of.take(pickle.loads(pickle.dumps(real)))
+        assert copied.health()
+        client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            copied.health()
 
 
 def test_few_clients_that_came_as_pickles_are_kept(client_of: Clients) -> None:
