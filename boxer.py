@@ -1703,6 +1703,9 @@ class _Decoder:
         """Return what comes before a delimiter, which is skipped."""
         searched = 0
         while True:
+            begin = self._data[self._at : self._at + 16]
+            if self.response is None and not b"HTTP/1.".startswith(begin[:7]):  # known at once, and not waited for
+                raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
             end = self._data.find(delimiter, self._at + searched, self._at + limit + len(delimiter))
             if end >= 0:
                 found = self._data[self._at : end]
@@ -1713,18 +1716,10 @@ class _Decoder:
                 raise _ProtocolError(
                     f"{what} is longer than {limit} bytes" if limit else f"{what} is not where it should be"
                 )
-            if self.response is None:  # this is the head of a response
-                _check_protocol(self._data[self._at : self._at + 16])
             if _BARE_LF.search(self._data, self._at + searched):
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
             searched = max(0, arrived - len(delimiter) + 1)
             yield
-
-
-def _check_protocol(begin: bytes) -> None:
-    """Look at the first bytes, so that what is not HTTP is known at once, and not waited for."""
-    if not b"HTTP/1.".startswith(begin[:7]):
-        raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
 
 
 def _kept_head(data: bytes) -> _Head:
@@ -1741,7 +1736,6 @@ def _decoded_head(data: bytes) -> _Head:
     line, _, section = data.decode("latin-1").partition("\r\n")
     match = _STATUS_LINE.fullmatch(line)
     if not match:
-        _check_protocol(data[:16])
         raise _ProtocolError(f"the status line is malformed: {line[:80]!r}")
     is_old, code, reason, field_lines = match[1] == "0", int(match[2]), match[3] or "", _field_lines(section)
     if code == 101:
@@ -2673,8 +2667,7 @@ class _SyncConnection(_Connection):
             events = self._send_unsent()
             if self._loss is None:
                 self._wait("r" + events)
-            data = self._received()
-            if data:
+            if data := self._received():
                 return data
 
     def _received(self) -> bytes:
