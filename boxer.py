@@ -1947,18 +1947,10 @@ class _Connection:
             await self.write(sink, content)
             self.call.deadline.start_again("progress")
 
-    def is_fit(self) -> bool:
-        """Tell whether an idle connection can be used: it is open, not idle for too long, and nothing has arrived."""
-        return time.monotonic() < self.idle_since + _IDLE_LIMIT and self.is_quiet()
-
     def attach(self, call: _Call) -> None:
         """Serve a call: the connection is aborted when that is cancelled."""
         self.call = call
         call.cancellation.interrupt_by(self.abort)
-
-    def detach(self) -> None:
-        """Become idle: forget the call, and with it what was sent."""
-        self.__dict__.pop("call", None)  # an interrupt may have come before `attach`
 
     # The verbs, which each client implements. Those that wait raise _ConnectionEnd if the connection ends first. If
     # `send` finds the connection lost, the next `drain` or `receive` says so, after returning what had arrived.
@@ -2101,7 +2093,7 @@ class _Pool:
         """Give a call with a turn an idle connection, or else a new one."""
         with self._lock:
             while (idle := self._pop_idle()) is not None:
-                if idle.route == route and idle.is_fit():
+                if idle.route == route and time.monotonic() < idle.idle_since + _IDLE_LIMIT and idle.is_quiet():
                     self._busy[call] = idle
                     return idle
                 idle.close()
@@ -2135,7 +2127,7 @@ class _Pool:
 
     def _keep(self, connection: _Connection) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
-        connection.detach()
+        vars(connection).pop("call", None)  # forget what was sent; an interrupt may have come before `attach`
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
