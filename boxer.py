@@ -47,6 +47,7 @@ For those who read on, the sections, each of which builds on those above it:
     Limits         every size, count and time that bounds something
     Data           what is asked for and what comes back; the names of the JSON
     Errors         the tree of exceptions, and which status code becomes which
+    Files          local files: what is uploaded, and where a download goes
     Requests       one builder for each endpoint: checks, JSON, multipart
     Responses      one interpreter for each endpoint: a value or the right error
     Policy         base URL and proxy, deadlines, cancellation, and what is tried again
@@ -57,8 +58,8 @@ For those who read on, the sections, each of which builds on those above it:
     Command line   the program `boxer`
 
 How one text serves both clients: every decision is made once, in coroutines. What they await is a connection's few
-verbs (`connect`, `start_tls`, `next_piece`, `drain`, `receive`) and a few of the pool's (`_resolve`, `pause`). In
-AsyncBoxerClient those verbs wait on the event loop. In BoxerClient they block and return, so that one step runs a
+verbs (`connect`, `start_tls`, `next_piece`, `write`, `drain`, `receive`) and a few of the pool's (`_resolve`, `pause`).
+In AsyncBoxerClient those verbs wait on the event loop. In BoxerClient they block and return, so that one step runs a
 whole coroutine to its end (`_run_to_completion`).
 """
 
@@ -619,107 +620,7 @@ def _last_words(output: str) -> str:
     return words.strip() if len(words) <= _SHOWN_SIZE else "…" + words[-_SHOWN_SIZE:]
 
 
-# ---- Requests --------------------------------------------------------------------------------------------------------
-
-
-class _Kind(enum.Enum):
-    """What a request asks for, as far as its way through the client depends on that."""
-
-    RUN = "a run without a network: it leaves no trace, so it may be sent again"
-    NETWORKED_RUN = "a run with a network: it may be seen from outside, so it is sent once"
-    DOWNLOAD = "a file: the content of a successful answer may have any size"
-    OTHER = "anything else"
-
-
-class _Request(NamedTuple):
-    """A request of one of the endpoints, short of what the client's settings add to it."""
-
-    method: str
-    target: str  # below the base URL's path
-    headers: Mapping[str, str]  # this request's own fields
-    body: Union[bytes, _Multipart]
-    kind: _Kind = _Kind.OTHER
-    extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
-    path: str = ""  # of the file in the server's store that it is about, for the texts of errors
-    sink: Optional[_Sink] = None  # what a file is written to; without one, it is the response's content
-    content_limit: float = _ANSWER_LIMIT  # bytes of a response's content that are taken into memory
-
-    @property
-    def name(self) -> str:
-        """The method and the path, for the texts of errors and the log."""
-        return f"{self.method} {self.target.partition('?')[0]}"
-
-
-_HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_RUN_MEMBERS = ("image", "cmd", "env", "cwd", "limits", "files", "persist", "network")
-
-
-def _run_request(run: RunRequest) -> _Request:
-    limits = _limits(run.limits).to_dict() if run.limits else {}
-    members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
-    body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
-    headers = {"Content-type": "application/json", "Content-length": str(len(body))}
-    kind = _Kind.RUN if run.network in (None, "none") else _Kind.NETWORKED_RUN
-    return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
-
-
-def _upload_request(remote_path: str, content: Content) -> _Request:
-    path = _clean_path("remote_path", remote_path)
-    body = _Multipart(path, content)
-    whole = b"".join([*body.pieces(), body.end]) if body.is_in_memory and (body.length or 0) < _SMALL_UPLOAD else None
-    kind = f"multipart/form-data; boundary={body.boundary}"
-    framing = {"Transfer-encoding": "chunked"} if body.length is None else {"Content-length": str(body.length)}
-    return _Request("POST", "/files", {"Content-type": kind, **framing}, whole or body, path=path)
-
-
-def _download_request(path: str, sink: _Sink | None = None, limit: float = math.inf) -> _Request:
-    path = _path("path", path)
-    target = f"/files?path={urllib.parse.quote(path, safe='/')}"
-    return _Request("GET", target, {}, b"", _Kind.DOWNLOAD, path=path, sink=sink, content_limit=limit)
-
-
-class _Multipart:
-    """A multipart/form-data body of one file and its path (RFC 7578), made as it is sent.
-
-    The file's own name is left out, since the server goes by the part `path`. The value of a part may be any text:
-    only the delimiter ends it, and that is random. Content that can be rewound is sent from its start at every try.
-    """
-
-    def __init__(self, path: str, content: Content) -> None:
-        self.boundary = os.urandom(16).hex()
-        part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
-        self._before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
-        self._after = f'\r\n{part}path"\r\n\r\n{path}\r\n--{self.boundary}--\r\n'.encode()
-        self._content = _content("content", content)
-        self._size = _size(self._content)
-        # The length of the body in bytes; None if it cannot be known before it was sent.
-        self.length = None if self._size is None else len(self._before) + self._size + len(self._after)
-        self.can_be_sent = True  # False once content that cannot be rewound was read from
-        self.is_in_memory = isinstance(self._content, memoryview)
-
-    def pieces(self) -> Iterator[_Piece]:
-        """Yield the body without its `end`; content is first read for the second piece."""
-        if not self.can_be_sent:
-            raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
-        yield self._coded(self._before)
-        if isinstance(self._content, memoryview):
-            yield from (self._content[at : at + _PIECE] for at in range(0, len(self._content), _PIECE))
-        elif self._size is not None:
-            yield from _read_whole(self._content, self._size)
-        else:
-            self.can_be_sent = False
-            while piece := _read(self._content, _PIECE):
-                yield self._coded(piece)
-
-    @property
-    def end(self) -> bytes:
-        """What follows the pieces."""
-        return self._coded(self._after) + (b"0\r\n\r\n" if self.length is None else b"")
-
-    def _coded(self, piece: bytes) -> bytes:
-        """Return a piece in the chunked transfer coding (RFC 9112, section 7.1) if the length is not known."""
-        return piece if self.length is not None else b"%x\r\n%b\r\n" % (len(piece), piece)
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def _refuse_awaitable(value: Any) -> None:
@@ -871,78 +772,6 @@ def _opened(path: Path | Content) -> Any:
     raise BoxerValidationError(f"{str(path)!r} is no longer a file")
 
 
-# What starts the program where a run has an input, or all of its outputs are fetched. `exec` keeps the shell's own
-# commands from being run in the program's place, and the descriptors keep the shell's own words out of its stderr.
-_WITH_TEXT = 'exec 3>&2 2>/dev/null; printf %s "$1" | { shift; exec "$@" 2>&3 3>&-; }'
-_WITH_FILE = 'exec 3>&2 2>/dev/null; { shift; exec "$@" 2>&3 3>&-; } <"$1"'
-_WITH_LIST = (
-    'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); c=$?; '
-    "cd /output && find . -type f ! -name NAME -print0 >NAME; exit $c"
-)
-
-
-class _Plan:
-    """What a run with content of its own, or outputs, comes to: uploads, the run itself, and what is to be removed."""
-
-    def __init__(self, run: RunRequest, lists_outputs: bool) -> None:
-        folder = f"boxer-{os.urandom(16).hex()}"  # two runs at once never mix
-        self.uploads: list[_Upload] = []
-        self.uploaded: list[str] = []  # the remote paths that are there for certain
-        self.begun: list[str] = []  # those that may be there
-        self.list_name = f"{folder}-list" if lists_outputs else ""  # of the list of outputs, in /output
-        self.outputs: Sequence[str] = () if isinstance(run.outputs, bool) else run.outputs
-        cmd, cwd, files = tuple(run.cmd), run.cwd, run.files
-        if isinstance(files, Mapping):
-            for name, content in files.items():
-                path = f"{folder}/{name}"
-                if isinstance(content, os.PathLike):
-                    self.uploads += _local_files(content, path, ())
-                else:
-                    _content(f"files[{name!r}]", content)  # a wrong type is known before anything is sent
-                    self.uploads.append((path, content))
-            own = [path for path, _ in self.uploads]
-            own += _folders_of(own)
-            files = own if len(own) <= _MOUNT_LIMIT else [folder]
-            cwd = str(PurePosixPath("/", folder, cwd or ""))  # a relative one is below the folder
-        # The server removes what a run names when that ends with a result; but outputs are to be kept.
-        persist = bool(run.persist or run.outputs or lists_outputs)
-        self.server_removes = not persist and files != [folder]
-        if run.input is not None:
-            text = _short_text(run.input)
-            if text is None:
-                path = f"{folder}-input"
-                self.uploads.append((path, run.input))
-                files = [*(files or ()), path]
-            script, argument = (_WITH_FILE, f"/{folder}-input") if text is None else (_WITH_TEXT, text)
-            cmd = ("/bin/sh", "-c", script, "sh", argument, *cmd)
-        if lists_outputs:
-            cmd = ("/bin/sh", "-c", _WITH_LIST.replace("NAME", self.list_name), "sh", *cmd)
-        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=persist, input=None, outputs=(), tag=None)
-
-    def removals(self) -> Iterator[RunRequest]:
-        """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        uploaded = set(self.uploaded)
-        doubtful = [[path] for path in self.begun if path not in uploaded]
-        for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
-            if paths:
-                yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
-
-
-def _folders_of(paths: Iterable[str]) -> list[str]:
-    """Return all folders that paths go through, deepest first."""
-    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
-    return sorted(folders - {"."}, key=lambda folder: (-folder.count("/"), folder))
-
-
-def _short_text(value: str | bytes) -> str | None:
-    """Return an input as text that can be an argument; None: it must be a file."""
-    try:
-        text = value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text or len(text.encode("utf-8")) > _INPUT_LIMIT else text
-
-
 class _Sink:
     """The binary file that a download is written to, from where it stands."""
 
@@ -1046,6 +875,181 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)  # it may have become the target
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+
+
+class _Kind(enum.Enum):
+    """What a request asks for, as far as its way through the client depends on that."""
+
+    RUN = "a run without a network: it leaves no trace, so it may be sent again"
+    NETWORKED_RUN = "a run with a network: it may be seen from outside, so it is sent once"
+    DOWNLOAD = "a file: the content of a successful answer may have any size"
+    OTHER = "anything else"
+
+
+class _Request(NamedTuple):
+    """A request of one of the endpoints, short of what the client's settings add to it."""
+
+    method: str
+    target: str  # below the base URL's path
+    headers: Mapping[str, str]  # this request's own fields
+    body: Union[bytes, _Multipart]
+    kind: _Kind = _Kind.OTHER
+    extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
+    path: str = ""  # of the file in the server's store that it is about, for the texts of errors
+    sink: Optional[_Sink] = None  # what a file is written to; without one, it is the response's content
+    content_limit: float = _ANSWER_LIMIT  # bytes of a response's content that are taken into memory
+
+    @property
+    def name(self) -> str:
+        """The method and the path, for the texts of errors and the log."""
+        return f"{self.method} {self.target.partition('?')[0]}"
+
+
+_HEALTH_REQUEST = _Request("GET", "/healthz", {}, b"")
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_RUN_MEMBERS = ("image", "cmd", "env", "cwd", "limits", "files", "persist", "network")
+
+
+def _run_request(run: RunRequest) -> _Request:
+    limits = _limits(run.limits).to_dict() if run.limits else {}
+    members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
+    body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
+    headers = {"Content-type": "application/json", "Content-length": str(len(body))}
+    kind = _Kind.RUN if run.network in (None, "none") else _Kind.NETWORKED_RUN
+    return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
+
+
+def _upload_request(remote_path: str, content: Content) -> _Request:
+    path = _clean_path("remote_path", remote_path)
+    body = _Multipart(path, content)
+    whole = b"".join([*body.pieces(), body.end]) if body.is_in_memory and (body.length or 0) < _SMALL_UPLOAD else None
+    kind = f"multipart/form-data; boundary={body.boundary}"
+    framing = {"Transfer-encoding": "chunked"} if body.length is None else {"Content-length": str(body.length)}
+    return _Request("POST", "/files", {"Content-type": kind, **framing}, whole or body, path=path)
+
+
+def _download_request(path: str, sink: _Sink | None = None, limit: float = math.inf) -> _Request:
+    path = _path("path", path)
+    target = f"/files?path={urllib.parse.quote(path, safe='/')}"
+    return _Request("GET", target, {}, b"", _Kind.DOWNLOAD, path=path, sink=sink, content_limit=limit)
+
+
+class _Multipart:
+    """A multipart/form-data body of one file and its path (RFC 7578), made as it is sent.
+
+    The file's own name is left out, since the server goes by the part `path`. The value of a part may be any text:
+    only the delimiter ends it, and that is random. Content that can be rewound is sent from its start at every try.
+    """
+
+    def __init__(self, path: str, content: Content) -> None:
+        self.boundary = os.urandom(16).hex()
+        part = f'--{self.boundary}\r\nContent-Disposition: form-data; name="'
+        self._before = f'{part}file"; filename="file"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
+        self._after = f'\r\n{part}path"\r\n\r\n{path}\r\n--{self.boundary}--\r\n'.encode()
+        self._content = _content("content", content)
+        self._size = _size(self._content)
+        # The length of the body in bytes; None if it cannot be known before it was sent.
+        self.length = None if self._size is None else len(self._before) + self._size + len(self._after)
+        self.can_be_sent = True  # False once content that cannot be rewound was read from
+        self.is_in_memory = isinstance(self._content, memoryview)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """Yield the body without its `end`; content is first read for the second piece."""
+        if not self.can_be_sent:
+            raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
+        yield self._coded(self._before)
+        if isinstance(self._content, memoryview):
+            yield from (self._content[at : at + _PIECE] for at in range(0, len(self._content), _PIECE))
+        elif self._size is not None:
+            yield from _read_whole(self._content, self._size)
+        else:
+            self.can_be_sent = False
+            while piece := _read(self._content, _PIECE):
+                yield self._coded(piece)
+
+    @property
+    def end(self) -> bytes:
+        """What follows the pieces."""
+        return self._coded(self._after) + (b"0\r\n\r\n" if self.length is None else b"")
+
+    def _coded(self, piece: bytes) -> bytes:
+        """Return a piece in the chunked transfer coding (RFC 9112, section 7.1) if the length is not known."""
+        return piece if self.length is not None else b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+# What starts the program where a run has an input, or all of its outputs are fetched. `exec` keeps the shell's own
+# commands from being run in the program's place, and the descriptors keep the shell's own words out of its stderr.
+_WITH_TEXT = 'exec 3>&2 2>/dev/null; printf %s "$1" | { shift; exec "$@" 2>&3 3>&-; }'
+_WITH_FILE = 'exec 3>&2 2>/dev/null; { shift; exec "$@" 2>&3 3>&-; } <"$1"'
+_WITH_LIST = (
+    'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); c=$?; '
+    "cd /output && find . -type f ! -name NAME -print0 >NAME; exit $c"
+)
+
+
+class _Plan:
+    """What a run with content of its own, or outputs, comes to: uploads, the run itself, and what is to be removed."""
+
+    def __init__(self, run: RunRequest, lists_outputs: bool) -> None:
+        folder = f"boxer-{os.urandom(16).hex()}"  # two runs at once never mix
+        self.uploads: list[_Upload] = []
+        self.uploaded: list[str] = []  # the remote paths that are there for certain
+        self.begun: list[str] = []  # those that may be there
+        self.list_name = f"{folder}-list" if lists_outputs else ""  # of the list of outputs, in /output
+        self.outputs: Sequence[str] = () if isinstance(run.outputs, bool) else run.outputs
+        cmd, cwd, files = tuple(run.cmd), run.cwd, run.files
+        if isinstance(files, Mapping):
+            for name, content in files.items():
+                path = f"{folder}/{name}"
+                if isinstance(content, os.PathLike):
+                    self.uploads += _local_files(content, path, ())
+                else:
+                    _content(f"files[{name!r}]", content)  # a wrong type is known before anything is sent
+                    self.uploads.append((path, content))
+            own = [path for path, _ in self.uploads]
+            own += _folders_of(own)
+            files = own if len(own) <= _MOUNT_LIMIT else [folder]
+            cwd = str(PurePosixPath("/", folder, cwd or ""))  # a relative one is below the folder
+        # The server removes what a run names when that ends with a result; but outputs are to be kept.
+        persist = bool(run.persist or run.outputs or lists_outputs)
+        self.server_removes = not persist and files != [folder]
+        if run.input is not None:
+            text = _short_text(run.input)
+            if text is None:
+                path = f"{folder}-input"
+                self.uploads.append((path, run.input))
+                files = [*(files or ()), path]
+            script, argument = (_WITH_FILE, f"/{folder}-input") if text is None else (_WITH_TEXT, text)
+            cmd = ("/bin/sh", "-c", script, "sh", argument, *cmd)
+        if lists_outputs:
+            cmd = ("/bin/sh", "-c", _WITH_LIST.replace("NAME", self.list_name), "sh", *cmd)
+        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=persist, input=None, outputs=(), tag=None)
+
+    def removals(self) -> Iterator[RunRequest]:
+        """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
+        uploaded = set(self.uploaded)
+        doubtful = [[path] for path in self.begun if path not in uploaded]
+        for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
+            if paths:
+                yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
+
+
+def _folders_of(paths: Iterable[str]) -> list[str]:
+    """Return all folders that paths go through, deepest first."""
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    return sorted(folders - {"."}, key=lambda folder: (-folder.count("/"), folder))
+
+
+def _short_text(value: str | bytes) -> str | None:
+    """Return an input as text that can be an argument; None: it must be a file."""
+    try:
+        text = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text or len(text.encode("utf-8")) > _INPUT_LIMIT else text
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -2227,7 +2231,7 @@ class _Client:
         }
         self._origin = _origin(base_url, self._settings["headers"])
         self._context = _tls_context(self._origin.scheme, ssl_context)
-        self._pools: dict[Any, Any] = {}  # by event loop; the blocking client's only one by None
+        self._pools: dict[Any, Any] = {}  # of the asyncio client, by event loop
         self._opened: Callable[..., Any] = _opened  # the command line counts what is read
         self._is_closed = False
         self._needs_closing = True
@@ -2844,13 +2848,13 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def http_open(self, request: urllib.request.Request) -> Any:
         """Send a request as other handlers have left it."""
         if isinstance(request, _OpenerRequest):
-            return self._exchange(request, request.call, self._origin.authority)
+            return self._send(request, request.call, self._origin.authority)
         # A handler of the user's has made it, and expects urllib's own kind of response.
         own = _Request(request.get_method(), request.selector, {}, b"")
         call = _Call(own, _Deadline(self._timeout), _Cancellation())
         self._pool.calls.add(call)
         try:
-            response = self._exchange(request, call, request.host)
+            response = self._send(request, call, request.host)
         finally:
             self._pool.calls.discard(call)
         content, url = io.BytesIO(response.content), request.full_url
@@ -2858,7 +2862,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
         return made
 
-    def _exchange(self, request: urllib.request.Request, call: _Call, authority: str) -> _Response:
+    def _send(self, request: urllib.request.Request, call: _Call, authority: str) -> _Response:
         fields = {**request.headers, **request.unredirected_hdrs}
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
@@ -2871,6 +2875,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         if isinstance(body, bytes) and body:
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
+        # A request that a handler makes to another host has nothing of the client's own TLS, such as its certificate.
         is_ours = request.type == self._origin.scheme and _host_and_port(origin, 0)[0] == self._host
         context = self._context if is_ours else _tls_context(request.type, None)
         return _run_to_completion(self._pool.exchange(route, context, head, body, call))
@@ -2939,7 +2944,7 @@ class BoxerClient(_Client):
             ssl_context=ssl_context,
         )
         self._settings["handlers"] = handlers
-        pool = self._pools[None] = _SyncPool(self._settings["max_connections"])
+        pool = self._pool = _SyncPool(self._settings["max_connections"])
         own = _ConnectionHandler(pool, self._origin, self._context, self._settings["timeout"])
         self._opener = urllib.request.OpenerDirector()
         for handler in (own, *map(copy.copy, handlers)):  # a handler belongs to one opener
@@ -2958,7 +2963,7 @@ class BoxerClient(_Client):
         if self._original is None:
             self._drop_connections()
         else:
-            self._pools[None].close_idle()
+            self._pool.close_idle()
 
     def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
@@ -3111,10 +3116,10 @@ class BoxerClient(_Client):
     _new_workers = _SyncWorkers
 
     def _drop_connections(self) -> None:
-        self._pools[None].close()
+        self._pool.close()
 
     def _current_pool(self) -> Any:
-        return self._pools[None]
+        return self._pool
 
     async def _send(self, _pool: Any, call: _Call) -> _Response:
         """Send a request through the opener; its handlers may change it, or answer it themselves."""
