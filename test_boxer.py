@@ -2573,6 +2573,80 @@ def examples(share: float = 1) -> hypothesis.settings:
     )
 
 
+def own_server(**settings: Any) -> StandIn:
+    """A server whose store a test can look into."""
+    return StandIn(sandbox=SANDBOX, **settings)
+
+
+def iterate(client: Any, requests: Any, **settings: Any) -> Generator[tuple[RunRequest, Any], None, None]:
+    """Iterate over `run_many` of either client as one does without asyncio; closing this one leaves the loop early."""
+    if not isinstance(client, PlainCalls):
+        yield from client.run_many(requests, **settings)
+        return
+
+    async def begin() -> Any:
+        return client.client.run_many(requests, **settings)
+
+    outcomes = client.loop.run_until_complete(begin())
+    try:
+        while True:
+            try:
+                outcome = client.loop.run_until_complete(outcomes.__anext__())
+            except StopAsyncIteration:
+                return
+            yield outcome
+    finally:
+        client.loop.run_until_complete(outcomes.aclose())
+
+
+SECRET = "s3" + "cret"  # not as it would stand in a traceback's line of source
+
+
+def numbered(count: int) -> Iterator[RunRequest]:
+    return (RunRequest("image", ["echo", str(number)], tag=number) for number in range(count))
+
+
+class Kept:
+    """Answers as a server would that keeps these outputs of a run, and this list of them; a function for a Host.
+
+    listing, and each of `outputs`: bytes, or steps of a Host. Without a listing it has what `outputs` names.
+    """
+
+    def __init__(self, outputs: Mapping[str, Any], listing: Any = None) -> None:
+        self.outputs = outputs
+        self.listing = b"".join(b"./%b\0" % name.encode() for name in outputs) if listing is None else listing
+        self.name = ""  # that the client has given to the list
+        self.asked: list[str] = []  # the paths of outputs
+
+    def __call__(self, request: Received) -> list[Any]:
+        if request.line.startswith("POST /run"):
+            match = re.search(r"! -name ([^ ]+) -print0 >\1;", " ".join(request.json["cmd"]))
+            self.name = match[1] if match else self.name
+            return [RAN]
+        if request.line.startswith("POST"):
+            return [STORED]
+        target = urllib.parse.urlsplit(request.line.split()[1])
+        path = urllib.parse.parse_qs(target.query, errors="surrogateescape")["path"][0]
+        self.asked.append(path)
+        prefix = f"output/{RUN['exec_id']}/"
+        assert path.startswith(prefix), path
+        content = self.listing if path == prefix + self.name else self.outputs.get(path[len(prefix) :])
+        if content is None:
+            return [failing("404 Not Found", "file not found")]
+        return [answer(content)] if isinstance(content, bytes) else content
+
+
+ALL_OUTPUTS = {"image": "image", "cmd": ["true"], "outputs": True}
+NOT_A_FILE = [answer("", "301 Moved Permanently", Location="files/?path=x")]
+GIB = 1 << 30
+
+
+def endless(size: int) -> list[Any]:
+    """Steps of a host: an answer with so many zeros, for as long as they are taken."""
+    head = raw(f"Content-Length: {size}")
+    return [head, *[bytes(MIB)] * (size // MIB)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The contract of the server: what a Boxer server says, byte for byte
 #
@@ -3716,6 +3790,300 @@ def test_the_repr_of_an_error_shows_its_status_code(error: BoxerAPIError) -> Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files: files and folders of this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+IN_ORDER_OF_PATHS = ["a/b/deep.txt", "a/x.txt", "a-b.txt", "a.txt", "é 1%.txt"]
+FOLDERS: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
+    ("a path", lambda folder: folder, {}, "proj"),
+    ("text", str, {}, "proj"),
+    ("text with a slash", lambda folder: f"{folder}/", {}, "proj"),
+    ("the current folder", lambda _: ".", {}, "proj"),
+    ("a remote path", lambda folder: folder, {"remote_path": "x/y"}, "x/y"),
+    ("a remote path with a slash", lambda folder: folder, {"remote_path": "x/"}, "x"),
+    ("a link", lambda folder: folder.parent / "link", {}, "link"),
+]
+
+
+@pytest.mark.parametrize(("local", "given", "prefix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_a_folder_is_uploaded_whole_and_in_order(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, folder: Path, local: Any, given: dict[str, Any], prefix: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder.parent / "link").symlink_to("proj")
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(local(folder), **given) == [f"{prefix}/{name}" for name in IN_ORDER_OF_PATHS]
+        for name in IN_ORDER_OF_PATHS:
+            assert client.download_file(f"{prefix}/{name}") == (folder / name).read_bytes()
+
+
+def test_a_file_is_uploaded_under_its_name_or_the_one_given(client_of: Clients, folder: Path) -> None:
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(folder / "a.txt") == ["a.txt"]
+        assert client.upload_path(str(folder / "a.txt"), "x/é") == ["x/é"]
+        assert client.download_file("a.txt") == client.download_file("x/é") == b"content of a.txt\r\n"
+
+
+def test_an_empty_folder_is_no_files(client_of: Clients, tmp_path: Path) -> None:
+    with Peer([]) as peer:
+        assert client_of(peer.url).upload_path(tmp_path) == []
+
+
+def test_links_to_files_of_a_folder_are_followed(client_of: Clients, folder: Path) -> None:
+    (folder / "file").symlink_to("a/x.txt")
+    (folder / "z").symlink_to(folder / "a" / "b" / "deep.txt")
+    with store() as server:
+        client = client_of(server.url)
+        remote = client.upload_path(folder, "r")
+        assert remote[4:] == ["r/file", "r/z", "r/é 1%.txt"]
+        assert client.download_file("r/file") == b"content of a/x.txt\r\n"
+        assert client.download_file("r/z") == b"content of a/b/deep.txt\r\n"
+
+
+# Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
+NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
+    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "is a link to a folder; exclude it"),
+    ("a link by way of ..", lambda path: path.symlink_to("../../other/file"), "leaves the folder"),
+    ("a link to the folder's own start", lambda path: path.symlink_to("../../project/file"), "leaves the folder"),
+    ("a link to a folder within", lambda path: path.symlink_to("../empty"), "is a link to a folder; exclude it"),
+    ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
+    ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
+    ("a link to its folder", lambda path: path.symlink_to("."), "is a link to a folder; exclude it"),
+    ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "is a link to a folder"),
+    ("a pipe", os.mkfifo, "neither a file nor a folder"),
+    ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
+    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), [row[1:] for row in NO_UPLOADS], ids=[row[0] for row in NO_UPLOADS])
+def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
+    client_of: Clients, folder: Path, make: Callable[[Path], Any], text: str
+) -> None:
+    for outside in ("other", "project"):
+        (folder.parent / outside).mkdir()
+        (folder.parent / outside / "file").touch()
+    make(folder / "a" / "odd")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=text) as caught:
+        client_of(peer.url).upload_path(folder)
+    assert repr(str(folder / "a" / "odd")) in str(caught.value)
+
+
+def test_a_name_s_control_characters_do_not_reach_a_terminal(client_of: Clients, folder: Path) -> None:
+    (folder / "a\x1b]0;x\x07").symlink_to("missing")
+    with pytest.raises(BoxerValidationError, match="leads nowhere") as caught:
+        client_of("http://h").upload_path(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_may_be_deeper_than_a_function_can_call_itself(client_of: Clients, folder: Path) -> None:
+    depth = sys.getrecursionlimit() + 100
+    folders = [folder / "/".join("d" * (number + 1)) for number in range(depth)]
+    for deep in folders:
+        deep.mkdir()
+    (folders[-1] / "file").write_bytes(b"")
+    with Host(lambda _: [STORED]) as host:
+        assert f"x/{'d/' * depth}file" in client_of(host.url).upload_path(folder, "x")
+    (folders[-1] / "file").unlink()
+    for deep in reversed(folders):  # pytest could not
+        deep.rmdir()
+
+
+def test_two_links_that_lead_to_each_other_are_refused(client_of: Clients, folder: Path) -> None:
+    (folder / "a" / "one").symlink_to("../empty")
+    (folder / "empty" / "two").symlink_to("../a")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="is a link to a folder"):
+        client_of(peer.url).upload_path(folder)
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text here")
+def test_a_name_that_is_not_text_is_refused_before_anything_is_sent(client_of: Clients, folder: Path) -> None:
+    (folder / os.fsdecode(b"z\xff")).write_bytes(b"")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="lone surrogate"):
+        client_of(peer.url).upload_path(folder)
+
+
+@pytest.mark.parametrize("local", ["/dev/null", "pipe", "socket", "link"])
+def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK)
+    (tmp_path / "link").symlink_to("pipe")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
+        client_of(peer.url).upload_path(tmp_path / local)
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_the_system(client_of: Clients, folder: Path) -> None:
+    (folder / "a.txt").chmod(0)
+    if os.access(folder / "a.txt", os.R_OK):
+        pytest.skip("this user may read everything")
+    with store() as server:
+        client = client_of(server.url)
+        for path in (folder, folder / "a.txt"):
+            with pytest.raises(PermissionError):
+                client.upload_path(path)
+        assert client.health()
+
+
+def change_on_the_way(change: Callable[[], Any]) -> Callable[[Received], list[bytes]]:
+    """Return what answers uploads, once it has changed something as the first of them came."""
+    lock, changes = threading.Lock(), [change]
+
+    def respond(request: Received) -> list[bytes]:
+        with lock:
+            while changes:
+                changes.pop()()
+        return [STORED if "POST" in request.line else WELL]
+
+    return respond
+
+
+def test_a_file_that_vanishes_before_its_turn_is_an_error_of_the_system(client_of: Clients, many: Path) -> None:
+    with Frail(change_on_the_way((many / "39.txt").unlink)) as host:
+        client = client_of(host.url)
+        with pytest.raises(FileNotFoundError, match="39"):
+            client.upload_path(many)
+        assert client.health()
+    assert not [request for request in host.seen if b"39.txt" in request.body]
+
+
+def replaced(path: Path, make: Callable[[], Any]) -> Callable[[], None]:
+    def change() -> None:
+        path.unlink()
+        make()
+
+    return change
+
+
+def test_a_file_that_becomes_a_link_on_the_way_is_not_followed_out_of_the_folder(
+    client_of: Clients, many: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside, last = tmp_path_factory.mktemp("outside") / "secret", many / "39.txt"
+    outside.write_text("s3cret")
+    follow = change_on_the_way(replaced(last, lambda: last.symlink_to(outside)))
+    with Frail(follow) as host, contextlib.suppress(BoxerValidationError, OSError):
+        client_of(host.url).upload_path(many)
+    assert not [request for request in host.seen if b"s3cret" in request.body]
+
+
+def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients, many: Path) -> None:
+    last, stuck = many / "39.txt", threading.Event()
+
+    def free() -> None:  # a writer lets the reader go on, which only has to if it is stuck
+        end = time.monotonic() + 5
+        while not is_over.wait(0.05) and time.monotonic() < end:
+            pass
+        if not is_over.is_set():
+            stuck.set()
+            os.close(os.open(last, os.O_RDWR))
+
+    is_over, thread = threading.Event(), threading.Thread(target=free)
+    with Frail(change_on_the_way(replaced(last, lambda: os.mkfifo(last)))) as host:
+        thread.start()
+        with contextlib.suppress(BoxerError, OSError):
+            client_of(host.url).upload_path(many)
+        is_over.set()
+        thread.join()
+    assert not stuck.is_set()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder as people have them: with what no sandbox needs, and what no upload takes."""
+    root = tmp_path / "proj"
+    for name in (
+        ".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/main.py", "app/old.pyc",
+        "app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py", "[x].txt",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+EVERYTHING = [
+    ".git/config", ".git/objects/aa/bb", "[x].txt", "app/__pycache__/main.cpython-312.pyc", "app/data/x.csv",
+    "app/main.py", "app/old.pyc", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py",
+]  # fmt: skip
+# Each row: what is excluded, and what of everything then is not sent.
+EXCLUDED: list[tuple[Any, list[str]]] = [
+    ((), []),
+    ([], []),
+    ([".git"], [".git/config", ".git/objects/aa/bb"]),
+    ((".git", "*.pyc"), [".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/old.pyc"]),
+    (["__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
+    (["app/__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
+    (["data/*.csv"], ["data/x.csv"]),
+    (["*.csv"], ["app/data/x.csv", "data/x.csv"]),
+    (["data"], ["app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv"]),
+    (["data/sub"], ["data/sub/deep.txt"]),
+    (["sub"], ["data/sub/deep.txt"]),
+    (["main.py"], ["app/main.py", "main.py", "proj/main.py"]),
+    (["app/main.py"], ["app/main.py"]),
+    (["proj/main.py"], ["proj/main.py"]),
+    (["app/*.p[xy]"], ["app/main.py"]),
+    (["?ain.py"], ["app/main.py", "main.py", "proj/main.py"]),
+    (["[[]x].txt"], ["[x].txt"]),
+    (["*.PYC", "Data", "mai", "ata/x.csv", "/main.py", ""], []),
+    (["*"], EVERYTHING),
+]
+
+
+@pytest.mark.parametrize(("exclude", "left_out"), EXCLUDED, ids=str)
+def test_what_is_excluded_is_not_sent(client_of: Clients, project: Path, exclude: Any, left_out: list[str]) -> None:
+    expected = [f"x/{name}" for name in EVERYTHING if name not in left_out]
+    with store() as server:
+        assert client_of(server.url).upload_path(project, "x", exclude=exclude) == expected
+        assert len(server.requests) == len(expected)
+
+
+def test_what_is_excluded_may_be_given_one_by_one(client_of: Clients, project: Path) -> None:
+    with store() as server:
+        remote = client_of(server.url).upload_path(project, exclude=(name for name in (".git", "app", "data", "[[]*")))
+    assert remote == ["proj/main.py", "proj/proj/main.py"]
+
+
+def test_a_folder_s_own_name_excludes_nothing(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "a.txt").write_bytes(b"")
+    with store() as server:
+        assert client_of(server.url).upload_path(tmp_path / "build", exclude=["build"]) == ["build/a.txt"]
+
+
+@pytest.mark.parametrize(("make", "name"), [
+    (lambda path: path.symlink_to("user@host.4711:1700000000"), ".#main.py"),
+    (lambda path: path.symlink_to("/etc"), ".venv"),
+    (lambda path: path.symlink_to("."), "app/self"),
+    (lambda path: path.symlink_to("data"), "latest"),
+    (lambda path: path.symlink_to(__file__), "app/outside"),
+    (os.mkfifo, "pipe"),
+], ids=["a lock", "a folder outside", "its own folder", "a folder within", "a file outside", "a pipe"])  # fmt: skip
+def test_what_cannot_be_uploaded_stops_nothing_if_it_is_excluded(
+    client_of: Clients, project: Path, make: Callable[[Path], Any], name: str
+) -> None:
+    make(project / name)
+    with store() as server:
+        client = client_of(server.url)
+        assert client.upload_path(project, "x", exclude=[name]) == [f"x/{one}" for one in EVERYTHING]
+        assert len(client.upload_path(project, "x", exclude=[name.rpartition("/")[2]])) == len(EVERYTHING)
+        before = len(server.requests)
+        with pytest.raises(BoxerValidationError, match=re.escape(name)):
+            client.upload_path(project, "x", exclude=["*.pyc"])
+        assert len(server.requests) == before
+
+
+def test_an_excluded_folder_is_not_looked_into(client_of: Clients, project: Path) -> None:
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").symlink_to("/usr/bin/python3")
+    os.mkfifo(project / ".venv" / "pipe")
+    (project / "secret").mkdir(mode=0)
+    with store() as server:
+        remote = client_of(server.url).upload_path(project, "x", exclude=[".venv", "secret"])
+    assert remote == [f"x/{name}" for name in EVERYTHING]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Requests: what is sent, and what is refused before anything is sent
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -4571,300 +4939,6 @@ def test_a_closed_file_is_an_error_of_its_own(client_of: Clients) -> None:
         with Peer([]) as peer, pytest.raises(ValueError, match="closed") as caught:
             client_of(peer.url).upload_file("a", file)
         assert not isinstance(caught.value, BoxerError)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests: files and folders of this machine
-# ---------------------------------------------------------------------------------------------------------------------
-
-IN_ORDER_OF_PATHS = ["a/b/deep.txt", "a/x.txt", "a-b.txt", "a.txt", "é 1%.txt"]
-FOLDERS: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
-    ("a path", lambda folder: folder, {}, "proj"),
-    ("text", str, {}, "proj"),
-    ("text with a slash", lambda folder: f"{folder}/", {}, "proj"),
-    ("the current folder", lambda _: ".", {}, "proj"),
-    ("a remote path", lambda folder: folder, {"remote_path": "x/y"}, "x/y"),
-    ("a remote path with a slash", lambda folder: folder, {"remote_path": "x/"}, "x"),
-    ("a link", lambda folder: folder.parent / "link", {}, "link"),
-]
-
-
-@pytest.mark.parametrize(("local", "given", "prefix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
-def test_a_folder_is_uploaded_whole_and_in_order(
-    client_of: Clients, monkeypatch: pytest.MonkeyPatch, folder: Path, local: Any, given: dict[str, Any], prefix: str
-) -> None:
-    monkeypatch.chdir(folder)
-    (folder.parent / "link").symlink_to("proj")
-    with store() as server:
-        client = client_of(server.url)
-        assert client.upload_path(local(folder), **given) == [f"{prefix}/{name}" for name in IN_ORDER_OF_PATHS]
-        for name in IN_ORDER_OF_PATHS:
-            assert client.download_file(f"{prefix}/{name}") == (folder / name).read_bytes()
-
-
-def test_a_file_is_uploaded_under_its_name_or_the_one_given(client_of: Clients, folder: Path) -> None:
-    with store() as server:
-        client = client_of(server.url)
-        assert client.upload_path(folder / "a.txt") == ["a.txt"]
-        assert client.upload_path(str(folder / "a.txt"), "x/é") == ["x/é"]
-        assert client.download_file("a.txt") == client.download_file("x/é") == b"content of a.txt\r\n"
-
-
-def test_an_empty_folder_is_no_files(client_of: Clients, tmp_path: Path) -> None:
-    with Peer([]) as peer:
-        assert client_of(peer.url).upload_path(tmp_path) == []
-
-
-def test_links_to_files_of_a_folder_are_followed(client_of: Clients, folder: Path) -> None:
-    (folder / "file").symlink_to("a/x.txt")
-    (folder / "z").symlink_to(folder / "a" / "b" / "deep.txt")
-    with store() as server:
-        client = client_of(server.url)
-        remote = client.upload_path(folder, "r")
-        assert remote[4:] == ["r/file", "r/z", "r/é 1%.txt"]
-        assert client.download_file("r/file") == b"content of a/x.txt\r\n"
-        assert client.download_file("r/z") == b"content of a/b/deep.txt\r\n"
-
-
-# Each row: its name, what makes a thing in the folder `a` that cannot be uploaded, and what the error says of it.
-NO_UPLOADS: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("a link to a file outside", lambda path: path.symlink_to(__file__), "leaves the folder"),
-    ("a link to a folder outside", lambda path: path.symlink_to("/etc"), "is a link to a folder; exclude it"),
-    ("a link by way of ..", lambda path: path.symlink_to("../../other/file"), "leaves the folder"),
-    ("a link to the folder's own start", lambda path: path.symlink_to("../../project/file"), "leaves the folder"),
-    ("a link to a folder within", lambda path: path.symlink_to("../empty"), "is a link to a folder; exclude it"),
-    ("a link to nothing", lambda path: path.symlink_to("missing"), "leads nowhere"),
-    ("a link to itself", lambda path: path.symlink_to(path.name), "leads nowhere"),
-    ("a link to its folder", lambda path: path.symlink_to("."), "is a link to a folder; exclude it"),
-    ("a link to the top", lambda path: path.symlink_to(path.parent.parent), "is a link to a folder"),
-    ("a pipe", os.mkfifo, "neither a file nor a folder"),
-    ("a socket", lambda path: os.mknod(path, stat.S_IFSOCK), "neither a file nor a folder"),
-    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "leaves the folder"),
-]
-
-
-@pytest.mark.parametrize(("make", "text"), [row[1:] for row in NO_UPLOADS], ids=[row[0] for row in NO_UPLOADS])
-def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
-    client_of: Clients, folder: Path, make: Callable[[Path], Any], text: str
-) -> None:
-    for outside in ("other", "project"):
-        (folder.parent / outside).mkdir()
-        (folder.parent / outside / "file").touch()
-    make(folder / "a" / "odd")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=text) as caught:
-        client_of(peer.url).upload_path(folder)
-    assert repr(str(folder / "a" / "odd")) in str(caught.value)
-
-
-def test_a_name_s_control_characters_do_not_reach_a_terminal(client_of: Clients, folder: Path) -> None:
-    (folder / "a\x1b]0;x\x07").symlink_to("missing")
-    with pytest.raises(BoxerValidationError, match="leads nowhere") as caught:
-        client_of("http://h").upload_path(folder)
-    assert str(caught.value).isprintable()
-
-
-def test_a_folder_may_be_deeper_than_a_function_can_call_itself(client_of: Clients, folder: Path) -> None:
-    depth = sys.getrecursionlimit() + 100
-    folders = [folder / "/".join("d" * (number + 1)) for number in range(depth)]
-    for deep in folders:
-        deep.mkdir()
-    (folders[-1] / "file").write_bytes(b"")
-    with Host(lambda _: [STORED]) as host:
-        assert f"x/{'d/' * depth}file" in client_of(host.url).upload_path(folder, "x")
-    (folders[-1] / "file").unlink()
-    for deep in reversed(folders):  # pytest could not
-        deep.rmdir()
-
-
-def test_two_links_that_lead_to_each_other_are_refused(client_of: Clients, folder: Path) -> None:
-    (folder / "a" / "one").symlink_to("../empty")
-    (folder / "empty" / "two").symlink_to("../a")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="is a link to a folder"):
-        client_of(peer.url).upload_path(folder)
-
-
-@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text here")
-def test_a_name_that_is_not_text_is_refused_before_anything_is_sent(client_of: Clients, folder: Path) -> None:
-    (folder / os.fsdecode(b"z\xff")).write_bytes(b"")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="lone surrogate"):
-        client_of(peer.url).upload_path(folder)
-
-
-@pytest.mark.parametrize("local", ["/dev/null", "pipe", "socket", "link"])
-def test_a_single_thing_that_is_no_file_is_refused(client_of: Clients, tmp_path: Path, local: str) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    os.mknod(tmp_path / "socket", stat.S_IFSOCK)
-    (tmp_path / "link").symlink_to("pipe")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="neither a file nor a folder"):
-        client_of(peer.url).upload_path(tmp_path / local)
-
-
-def test_a_file_that_may_not_be_read_is_an_error_of_the_system(client_of: Clients, folder: Path) -> None:
-    (folder / "a.txt").chmod(0)
-    if os.access(folder / "a.txt", os.R_OK):
-        pytest.skip("this user may read everything")
-    with store() as server:
-        client = client_of(server.url)
-        for path in (folder, folder / "a.txt"):
-            with pytest.raises(PermissionError):
-                client.upload_path(path)
-        assert client.health()
-
-
-def change_on_the_way(change: Callable[[], Any]) -> Callable[[Received], list[bytes]]:
-    """Return what answers uploads, once it has changed something as the first of them came."""
-    lock, changes = threading.Lock(), [change]
-
-    def respond(request: Received) -> list[bytes]:
-        with lock:
-            while changes:
-                changes.pop()()
-        return [STORED if "POST" in request.line else WELL]
-
-    return respond
-
-
-def test_a_file_that_vanishes_before_its_turn_is_an_error_of_the_system(client_of: Clients, many: Path) -> None:
-    with Frail(change_on_the_way((many / "39.txt").unlink)) as host:
-        client = client_of(host.url)
-        with pytest.raises(FileNotFoundError, match="39"):
-            client.upload_path(many)
-        assert client.health()
-    assert not [request for request in host.seen if b"39.txt" in request.body]
-
-
-def replaced(path: Path, make: Callable[[], Any]) -> Callable[[], None]:
-    def change() -> None:
-        path.unlink()
-        make()
-
-    return change
-
-
-def test_a_file_that_becomes_a_link_on_the_way_is_not_followed_out_of_the_folder(
-    client_of: Clients, many: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    outside, last = tmp_path_factory.mktemp("outside") / "secret", many / "39.txt"
-    outside.write_text("s3cret")
-    follow = change_on_the_way(replaced(last, lambda: last.symlink_to(outside)))
-    with Frail(follow) as host, contextlib.suppress(BoxerValidationError, OSError):
-        client_of(host.url).upload_path(many)
-    assert not [request for request in host.seen if b"s3cret" in request.body]
-
-
-def test_a_file_that_becomes_a_pipe_on_the_way_blocks_nothing(client_of: Clients, many: Path) -> None:
-    last, stuck = many / "39.txt", threading.Event()
-
-    def free() -> None:  # a writer lets the reader go on, which only has to if it is stuck
-        end = time.monotonic() + 5
-        while not is_over.wait(0.05) and time.monotonic() < end:
-            pass
-        if not is_over.is_set():
-            stuck.set()
-            os.close(os.open(last, os.O_RDWR))
-
-    is_over, thread = threading.Event(), threading.Thread(target=free)
-    with Frail(change_on_the_way(replaced(last, lambda: os.mkfifo(last)))) as host:
-        thread.start()
-        with contextlib.suppress(BoxerError, OSError):
-            client_of(host.url).upload_path(many)
-        is_over.set()
-        thread.join()
-    assert not stuck.is_set()
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder as people have them: with what no sandbox needs, and what no upload takes."""
-    root = tmp_path / "proj"
-    for name in (
-        ".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/main.py", "app/old.pyc",
-        "app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py", "[x].txt",
-    ):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
-
-
-EVERYTHING = [
-    ".git/config", ".git/objects/aa/bb", "[x].txt", "app/__pycache__/main.cpython-312.pyc", "app/data/x.csv",
-    "app/main.py", "app/old.pyc", "data/keep.txt", "data/sub/deep.txt", "data/x.csv", "main.py", "proj/main.py",
-]  # fmt: skip
-# Each row: what is excluded, and what of everything then is not sent.
-EXCLUDED: list[tuple[Any, list[str]]] = [
-    ((), []),
-    ([], []),
-    ([".git"], [".git/config", ".git/objects/aa/bb"]),
-    ((".git", "*.pyc"), [".git/config", ".git/objects/aa/bb", "app/__pycache__/main.cpython-312.pyc", "app/old.pyc"]),
-    (["__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
-    (["app/__pycache__"], ["app/__pycache__/main.cpython-312.pyc"]),
-    (["data/*.csv"], ["data/x.csv"]),
-    (["*.csv"], ["app/data/x.csv", "data/x.csv"]),
-    (["data"], ["app/data/x.csv", "data/keep.txt", "data/sub/deep.txt", "data/x.csv"]),
-    (["data/sub"], ["data/sub/deep.txt"]),
-    (["sub"], ["data/sub/deep.txt"]),
-    (["main.py"], ["app/main.py", "main.py", "proj/main.py"]),
-    (["app/main.py"], ["app/main.py"]),
-    (["proj/main.py"], ["proj/main.py"]),
-    (["app/*.p[xy]"], ["app/main.py"]),
-    (["?ain.py"], ["app/main.py", "main.py", "proj/main.py"]),
-    (["[[]x].txt"], ["[x].txt"]),
-    (["*.PYC", "Data", "mai", "ata/x.csv", "/main.py", ""], []),
-    (["*"], EVERYTHING),
-]
-
-
-@pytest.mark.parametrize(("exclude", "left_out"), EXCLUDED, ids=str)
-def test_what_is_excluded_is_not_sent(client_of: Clients, project: Path, exclude: Any, left_out: list[str]) -> None:
-    expected = [f"x/{name}" for name in EVERYTHING if name not in left_out]
-    with store() as server:
-        assert client_of(server.url).upload_path(project, "x", exclude=exclude) == expected
-        assert len(server.requests) == len(expected)
-
-
-def test_what_is_excluded_may_be_given_one_by_one(client_of: Clients, project: Path) -> None:
-    with store() as server:
-        remote = client_of(server.url).upload_path(project, exclude=(name for name in (".git", "app", "data", "[[]*")))
-    assert remote == ["proj/main.py", "proj/proj/main.py"]
-
-
-def test_a_folder_s_own_name_excludes_nothing(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "a.txt").write_bytes(b"")
-    with store() as server:
-        assert client_of(server.url).upload_path(tmp_path / "build", exclude=["build"]) == ["build/a.txt"]
-
-
-@pytest.mark.parametrize(("make", "name"), [
-    (lambda path: path.symlink_to("user@host.4711:1700000000"), ".#main.py"),
-    (lambda path: path.symlink_to("/etc"), ".venv"),
-    (lambda path: path.symlink_to("."), "app/self"),
-    (lambda path: path.symlink_to("data"), "latest"),
-    (lambda path: path.symlink_to(__file__), "app/outside"),
-    (os.mkfifo, "pipe"),
-], ids=["a lock", "a folder outside", "its own folder", "a folder within", "a file outside", "a pipe"])  # fmt: skip
-def test_what_cannot_be_uploaded_stops_nothing_if_it_is_excluded(
-    client_of: Clients, project: Path, make: Callable[[Path], Any], name: str
-) -> None:
-    make(project / name)
-    with store() as server:
-        client = client_of(server.url)
-        assert client.upload_path(project, "x", exclude=[name]) == [f"x/{one}" for one in EVERYTHING]
-        assert len(client.upload_path(project, "x", exclude=[name.rpartition("/")[2]])) == len(EVERYTHING)
-        before = len(server.requests)
-        with pytest.raises(BoxerValidationError, match=re.escape(name)):
-            client.upload_path(project, "x", exclude=["*.pyc"])
-        assert len(server.requests) == before
-
-
-def test_an_excluded_folder_is_not_looked_into(client_of: Clients, project: Path) -> None:
-    (project / ".venv" / "bin").mkdir(parents=True)
-    (project / ".venv" / "bin" / "python").symlink_to("/usr/bin/python3")
-    os.mkfifo(project / ".venv" / "pipe")
-    (project / "secret").mkdir(mode=0)
-    with store() as server:
-        remote = client_of(server.url).upload_path(project, "x", exclude=[".venv", "secret"])
-    assert remote == [f"x/{name}" for name in EVERYTHING]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9152,6 +9226,1827 @@ def test_a_client_works_at_the_exit_of_the_interpreter(tmp_path: Path, kind: str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Both clients: runs with files of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHOW = b"""
+import os
+for folder, _, names in sorted(os.walk(".")):
+    for name in sorted(names):
+        if name != "main.py":
+            print(os.path.join(folder, name)[2:], open(os.path.join(folder, name), "rb").read())
+print(os.getcwd().startswith("/boxer-"))
+"""
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_mapping_of_files_is_the_working_directory_of_a_run_and_gone_afterwards(
+    client_of: Clients, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "b.bin").write_bytes(b"\0\xff")
+    with own_server() as server, open(tmp_path / "b.bin", "rb") as file:
+        files = {
+            "main.py": SHOW,
+            "text.txt": "é",
+            "deep/er/data": memoryview(b"abc"),
+            "file.bin": file,
+            "copy": tmp_path / "b.bin",
+            "proj": folder,
+            "unseekable": Unseekable(b"once"),
+        }
+        result = client_of(server.url).run(PYTHON, ["python3", "main.py"], files=files, check=True)
+        assert (server.store.uploads(), server.store.outputs(), server.runs) == ([], [], 1)
+    tree = {f"proj/{name}": (folder / name).read_bytes() for name in IN_ORDER_OF_PATHS}
+    tree.update({"text.txt": "é".encode(), "deep/er/data": b"abc", "file.bin": b"\0\xff", "copy": b"\0\xff"})
+    tree["unseekable"] = b"once"
+    assert sorted(result.stdout.splitlines()) == sorted(["True", *(f"{name} {tree[name]!r}" for name in tree)])
+
+
+@in_a_sandbox
+def test_a_run_with_files_keeps_the_working_directory_that_is_given(client_of: Clients, server: Any) -> None:
+    result = client_of(server.url).run(PYTHON, ["pwd"], files={"a": b""}, cwd="/elsewhere")
+    assert result.stdout == "/elsewhere\n"
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_runs_at_once_with_the_same_names_never_mix(client_of: Clients) -> None:
+    calls: list[Any] = [
+        ("run", (PYTHON, ["cat", "a/b", "-"]), {"files": {"a/b": f"{number} "}, "input": f"{number}"})
+        for number in range(8)
+    ]
+    with own_server(race=1 / 3) as server:
+        results = gather(client_of(server.url), calls)
+        assert [getattr(result, "stdout", result) for result in results] == [f"{n} {n}" for n in range(8)]
+        assert server.store.uploads() == []
+
+
+# Each row: names in `files`, none of which can be.
+BAD_NAMES: list[list[Any]] = [
+    [""], ["/a"], ["a/"], ["a//b"], ["."], [".."], ["./a"], ["a/../b"], ["a/.."], ["a\0b"], ["a\ud800"],
+    ["a", "a/b"], ["a/b/c", "a/b"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", BAD_NAMES, ids=ascii)
+def test_a_name_in_files_that_cannot_be_is_refused_before_anything_is_sent(
+    client_of: Clients, names: list[str]
+) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError):
+        client_of(peer.url).run("image", ["true"], files=dict.fromkeys(names, b"s3cret"))
+
+
+@pytest.mark.parametrize("content", [1, None, io.StringIO("text"), ["list"]], ids=repr)
+def test_content_in_files_of_a_wrong_type_is_a_type_error_before_anything_is_sent(
+    client_of: Clients, content: Any
+) -> None:
+    with Peer([]) as peer, pytest.raises(TypeError):
+        client_of(peer.url).run("image", ["true"], files={"fine": b"", "a": content})
+
+
+def test_what_is_not_a_file_of_a_folder_in_files_is_refused_before_anything_is_sent(
+    client_of: Clients, folder: Path
+) -> None:
+    (folder / "a" / "link").symlink_to("/etc/passwd")
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        with pytest.raises(BoxerValidationError, match="leaves the folder"):
+            client.run("image", ["true"], files={"fine": b"", "p": folder})
+        with pytest.raises(FileNotFoundError):
+            client.run("image", ["true"], files={"fine": b"", "p": folder / "missing"})
+
+
+def test_a_name_that_a_folder_in_files_has_too_is_refused_before_anything_is_sent(
+    client_of: Clients, folder: Path
+) -> None:
+    for name in ("p/a.txt", "p/a", "p/a.txt/below"):
+        with Peer([]) as peer, pytest.raises(BoxerValidationError):
+            client_of(peer.url).run("image", ["true"], files={"p": folder, name: b""})
+
+
+@pytest.mark.parametrize("nothing", [{}, (), None], ids=repr)
+def test_no_files_no_input_and_no_outputs_are_a_run_as_ever(client_of: Clients, nothing: Any) -> None:
+    with Peer.answering(RAN, RAN) as peer:
+        client = client_of(peer.url)
+        assert client.run("image", ["true"], files=nothing, input=None, outputs=nothing or None) == RESULT
+        assert client.run("image", ["true"]) == RESULT
+    assert peer.requests[0][0] == peer.requests[0][1]
+
+
+def runs_of(host: Host) -> list[dict[str, Any]]:
+    return [request.json for request in host.seen if request.line.startswith("POST /run")]
+
+
+def uploaded_to(host: Host) -> set[str]:
+    parts = [request.content for request in host.seen if request.line.startswith("POST /files")]
+    return {re.search(rb'name="path"\r\n\r\n(.*?)\r\n', part)[1].decode() for part in parts}  # type: ignore[index]
+
+
+def test_a_run_names_its_files_then_their_folders_deepest_first(client_of: Clients) -> None:
+    with Host(Kept({})) as host:
+        files = {"main.py": b"", "a/b/c": b"", "a/d": b"", "e": "x"}
+        client_of(host.url).run("image", ["true"], files=files)
+    [run] = runs_of(host)
+    top = run["cwd"][1:]
+    assert re.fullmatch("boxer-[0-9a-f-]{12,}", top)
+    assert set(run["files"][:4]) == uploaded_to(host) == {f"{top}/{name}" for name in files}
+    assert run["files"][4:] == [f"{top}/a/b", f"{top}/a", top]
+
+
+@pytest.mark.parametrize(("count", "is_alone"), [(199, False), (200, True)])
+def test_more_than_200_paths_are_named_by_their_folder_alone_and_then_removed(
+    client_of: Clients, count: int, is_alone: bool
+) -> None:
+    with Host(Kept({})) as host:
+        client_of(host.url).run("image", ["prog"], files={str(number): b"" for number in range(count)})
+    run, *removals = runs_of(host)
+    top = run["cwd"][1:]
+    assert (run["files"] == [top], len(run["files"]) <= 200) == (is_alone, True)
+    assert len(removals) == is_alone
+    for removal in removals:
+        assert (removal["image"], removal["cmd"], removal.get("persist", False)) == ("image", ["true"], False)
+        assert (set(removal["files"][:-1]), removal["files"][-1]) == (uploaded_to(host), top)
+
+
+# Each row: its name, the arguments of a run, and the error that it comes to.
+LEAVINGS: list[tuple[str, dict[str, Any], Any]] = [
+    ("a result", {"cmd": ["true"]}, None),
+    ("an exit code", {"cmd": ["sh", "-c", "exit 3"]}, None),
+    ("a missing program", {"cmd": ["no-such-program"]}, None),
+    ("a signal", {"cmd": ["sh", "-c", "kill -9 $$"]}, None),
+    ("a time limit", {"cmd": ["sleep", "20"], "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
+    ("an output limit", {"cmd": ["python3", "-c", "print('x' * 65536)"]}, BoxerOutputLimitError),
+    ("too many files", {"cmd": ["true"], "files": {f"a/{number}": b"" for number in range(300)}}, None),
+    ("a checked exit code", {"cmd": ["false"], "check": True}, BoxerExitError),
+    ("persist", {"cmd": ["true"], "persist": True}, None),
+    ("outputs", {"cmd": ["touch", "/output/x"], "outputs": ["x"]}, None),
+    ("all outputs", {"cmd": ["touch", "/output/x"], "outputs": True}, None),
+    ("outputs and a time limit",
+     {"cmd": ["sleep", "20"], "outputs": True, "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
+    ("a folder as output", {"cmd": ["mkdir", "/output/x"], "outputs": ["x"]}, BoxerAPIError),
+    ("short input", {"cmd": ["cat"], "input": "x"}, None),
+    ("long input", {"cmd": ["wc"], "input": "x\n" * 50_000}, None),
+    ("binary input", {"cmd": ["wc"], "input": b"\0", "files": {}}, None),
+    ("long input and a time limit",
+     {"cmd": ["sleep", "20"], "input": b"\0", "files": {}, "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
+    ("a folder that cannot be made",
+     {"cmd": ["true"], "files": {"a": b""}, "cwd": "/tmp/new"}, None),
+]  # fmt: skip
+
+
+@in_a_sandbox
+@of_the_stand_in
+@pytest.mark.parametrize(("arguments", "error"), [row[1:] for row in LEAVINGS], ids=[row[0] for row in LEAVINGS])
+def test_nothing_of_a_run_s_own_files_is_left_after(client_of: Clients, arguments: dict[str, Any], error: Any) -> None:
+    arguments = {"files": {"main.py": b"", "a/b/c": "text"}, **arguments}
+    with own_server(race=1 / 3, output_limit=65536) as server:
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            client_of(server.url).run(PYTHON, **arguments)
+        assert server.store.uploads() == []
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_files_that_were_uploaded_before_stay_where_outputs_are_wanted(client_of: Clients) -> None:
+    with own_server() as server:
+        client = client_of(server.url)
+        client.upload_file("w/a", b"")
+        client.run(PYTHON, ["true"], files=["w/a"], outputs=True)
+        client.run(PYTHON, ["true"], files=["w/a"], input=b"\0", persist=True)
+        assert server.store.uploads() == ["w/", "w/a"]
+        client.run(PYTHON, ["true"], files=["w/a", "w"], input="short")
+        assert server.store.uploads() == []
+
+
+# What becomes of the run that removes: none of it changes the result.
+REMOVALS: dict[str, list[Any]] = {
+    "fails": [failing("500 Internal Server Error", "start runsc: no")],
+    "finds nothing": [failing("400 Bad Request", "file not found: x")],
+    "is lost": [Do.FIN],
+    "is reset": [Do.RST],
+    "is nonsense": [answer("<html>", "502 Bad Gateway")],
+}
+
+
+@pytest.mark.parametrize("removal", REMOVALS.values(), ids=REMOVALS)
+@pytest.mark.parametrize("first", [RAN, failing("408 Request Timeout", "execution timed out after 1000ms")])
+def test_what_becomes_of_the_removal_does_not_change_what_becomes_of_the_call(
+    client_of: Clients, first: bytes, removal: list[Any], clock: Clock
+) -> None:
+    def respond(request: Received) -> list[Any]:
+        if "/files" in request.line:
+            return [STORED]
+        return removal if request.json["cmd"] == ["true"] else [first]
+
+    with Host(respond) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"files": {"a": b""}, "persist": True}))
+    assert got == RESULT or (type(got) is BoxerTimeoutError and got.status_code == 408 and first is not RAN)
+    assert [run["cmd"] for run in runs_of(host)][:2] == [["prog"], ["true"]]
+
+
+def test_after_a_lost_connection_nothing_is_removed(client_of: Clients) -> None:
+    with Host(lambda request: [STORED] if "/files" in request.line else [Do.FIN]) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"files": {"a": b""}}))
+    assert is_expected(got, lost()) and len(runs_of(host)) == 1
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_after_a_run_that_was_broken_off_nothing_more_is_sent(client_of: Clients) -> None:
+    with own_server() as server:
+        call: Call = ("run", (PYTHON, ["sleep", "29"]), {"files": {"a": b""}})
+        broken_off(client_of(server.url), call, lambda: server.wait_for(lambda: server.runs_live, 60))
+        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
+        assert [path[-1] for path in server.store.uploads()] == ["/", "a"]
+
+
+def test_where_an_upload_is_refused_the_run_is_not_sent_and_the_other_files_are_removed(client_of: Clients) -> None:
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [RAN]
+        return [failing("413 Request Entity Too Large", "upload exceeds limit") if b"LARGE" in request.body else STORED]
+
+    with Host(respond) as host:
+        client, files = client_of(host.url), {"a": b"", "b": b"LARGE"}
+        assert is_expected(outcome(client, ("run", ("image", ["prog"]), {"files": files})), refusal(413))
+    named = [run["files"] for run in runs_of(host)]
+    assert all(run["cmd"] == ["true"] for run in runs_of(host))
+    stored = {path for path in uploaded_to(host) if path.endswith("/a")}
+    assert any(stored <= set(paths) and not any(path.endswith("/b") for path in paths) for paths in named) or not stored
+
+
+def test_each_upload_of_a_mapping_has_a_deadline_of_its_own(client_of: Clients) -> None:
+    def respond(request: Received) -> list[Any]:
+        if "/files" in request.line:
+            threading.Event().wait(0.25)
+        return [STORED if "/files" in request.line else RAN]
+
+    files = {str(number): b"" for number in range(40)}  # in five turns of eight
+    with Host(respond) as host:
+        assert client_of(host.url, timeout=1).run("image", ["true"], files=files) == RESULT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: runs with an input
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIGEST = "import hashlib, sys; d = sys.stdin.buffer.read(); print(len(d), hashlib.sha256(d).hexdigest())"
+INPUTS: dict[str, str | bytes] = {
+    "nothing": "", "a line": "1 2 3\n", "no newline": "x", "not ASCII": "é\u2028\U0001f600", "quotes": "'\"$(id)`id`\\",
+    "a flag": "-n", "a format": "%s%d\\n\\0101", "newlines": "\n\n\n", "CRLF": "a\r\nb", "64 KiB": "x" * 65536,
+    "64 KiB of quotes": "'" * 65536, "64 KiB and one": "x" * 65537, "bytes": b"text\n", "NUL": "a\0b",
+    "not UTF-8": b"\xff\xfe\0", "surrogates as bytes": b"\xed\xa0\x80", "three megabytes": "\u00e9" * 1_500_000,
+}  # fmt: skip
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("text", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("more", [{}, {"outputs": True}, {"files": {"a": b""}}], ids=["alone", "outputs", "files"])
+def test_an_input_arrives_byte_for_byte(client_of: Clients, server: Any, text: str | bytes, more: Any) -> None:
+    result = client_of(server.url).run(PYTHON, ["python3", "-c", DIGEST], input=text, **more)
+    content = as_bytes(text)
+    assert (result.stdout, result.stderr) == (f"{len(content)} {hashlib.sha256(content).hexdigest()}\n", "")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "uploads"), [("x" * 65536, 0), ("\u00e9" * 32769, 1), ("a\0b", 1), (b"\xff", 1), ("", 0)]
+)
+def test_a_short_text_travels_with_the_command_and_anything_else_in_a_file(
+    client_of: Clients, text: str | bytes, uploads: int
+) -> None:
+    with Host(Kept({})) as host:
+        assert client_of(host.url).run("image", ["prog"], input=text) == RESULT
+    assert (len(uploaded_to(host)), len(host.seen)) == (uploads, 1 + uploads)
+    [run] = runs_of(host)
+    assert run.get("files", []) == sorted(uploaded_to(host))
+
+
+# What a shell would do by itself, were it asked; compared with what is done without an input.
+SHELLS_OWN = [["echo", "a\\nb"], ["echo", "-e", "a"], ["printf", "%s\\n", "a"], ["test", "a", "=", "b"], ["true"]]
+SHELLS_OWN += [["pwd"], ["env", "printf", "x"], ["sh", "-c", "exit 9"], ["sh", "-c", "echo $0 $1", "a", "b c"]]
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("cmd", SHELLS_OWN, ids=" ".join)
+@pytest.mark.parametrize("more", [{"input": "x"}, {"input": b"\0"}, {"outputs": True}, {"input": "x", "outputs": True}])
+def test_what_runs_with_an_input_or_outputs_is_what_was_asked_for(
+    client_of: Clients, server: Any, cmd: list[str], more: Any
+) -> None:
+    client = client_of(server.url)
+    plain, other = client.run(PYTHON, cmd), client.run(PYTHON, cmd, **more)
+    assert (other.exit_code, other.stdout, other.stderr) == (plain.exit_code, plain.stdout, plain.stderr)
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("cmd", ["exit 9", "cd /", "no-such", "set -x", ":", "exec", "eval id"])
+@pytest.mark.parametrize("more", [{"input": "s3cret"}, {"input": b"\0"}, {"outputs": True}], ids=repr)
+def test_what_only_a_shell_has_is_no_program(client_of: Clients, server: Any, cmd: str, more: Any) -> None:
+    result = client_of(server.url).run(PYTHON, cmd.split(), **more)
+    assert (result.exit_code, result.stdout) == (127, "") and "s3cret" not in result.stderr
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("more", [{"input": "x"}, {"input": b"\0"}, {"outputs": True}], ids=repr)
+def test_a_program_that_is_killed_leaves_nothing_of_a_shell_s_on_stderr(
+    client_of: Clients, server: Any, number: int, more: Any
+) -> None:
+    code = f"import os, signal, time; signal.signal({number}, signal.SIG_DFL) if {number} != 9 else 0; "
+    cmd = ["python3", "-c", f"{code} os.kill(os.getpid(), {number}); time.sleep(9)"]
+    result = client_of(server.url).run(PYTHON, cmd, **more)
+    assert (result.exit_code, result.stdout, result.stderr) == (128 + number, "", "")
+
+
+@in_a_sandbox
+@pytest.mark.parametrize("size", [10, 65536, 3_000_000])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_program_ends_with_its_own_exit_code_whatever_it_reads_of_its_input(
+    client_of: Clients, server: Any, size: int, share: float
+) -> None:
+    code = f"import os, sys; n = {int(size * share)}\nwhile n > 0: n -= len(os.read(0, n))\nsys.exit('done')"
+    result = client_of(server.url).run(PYTHON, ["python3", "-c", code], input="x" * size)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "done\n")
+
+
+@in_a_sandbox
+def test_an_input_in_a_file_is_not_among_the_run_s_own_files(client_of: Clients, server: Any) -> None:
+    result = client_of(server.url).run(PYTHON, ["ls", "-A"], files={"a": b""}, input=b"\0")
+    assert result.stdout == "a\n"
+
+
+def test_a_name_in_env_that_is_no_shell_s_is_refused_where_a_shell_starts_the_program(
+    client_of: Clients, tmp_path: Path
+) -> None:
+    needs_shell: list[dict[str, Any]] = [{"input": "x"}, {"input": b"\0"}, {"outputs": True}, {"output_dir": tmp_path}]
+    for name in ("a.b", "1a", "a-b", "é"):
+        for more in needs_shell:
+            with Peer([]) as peer, pytest.raises(BoxerValidationError) as caught:
+                client_of(peer.url).run("image", ["true"], env={name: SECRET}, **more)
+            assert SECRET not in all_text(caught.value)
+        with Peer.answering(RAN) as peer:
+            assert client_of(peer.url).run("image", ["true"], env={name: "b"}) == RESULT
+
+
+@pytest.mark.parametrize("text", [1, ["x"], io.BytesIO(b"x")], ids=repr)
+def test_an_input_of_a_wrong_type_is_a_type_error(client_of: Clients, text: Any) -> None:
+    with Peer([]) as peer, pytest.raises(TypeError):
+        client_of(peer.url).run("image", ["true"], input=text)
+
+
+def test_an_input_with_a_lone_surrogate_is_refused_and_not_shown(client_of: Clients) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError) as caught:
+        client_of(peer.url).run("image", ["true"], input=f"{SECRET}\ud800")
+    assert SECRET not in all_text(caught.value)
+
+
+@pytest.mark.parametrize("text", ["s3cret", b"s3cret\0"], ids=repr)
+@pytest.mark.parametrize("said", [failing("500 Internal Server Error", "start runsc: no"), b"nonsense\r\n\r\n"])
+def test_an_input_shows_up_in_no_error(client_of: Clients, text: Any, said: bytes) -> None:
+    with Frail(lambda request: [STORED] if "/files" in request.line else [said, Do.FIN]) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"input": text}), retries=0)
+    assert isinstance(got, BoxerError) and "s3cret" not in all_text(got)
+    assert "s3cret" not in repr(RunRequest("image", ["prog"], input=text, files={"a": text}, env={"A": "s3cret"}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: runs with outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRITE = """
+import os, sys
+os.makedirs("/output/a/b"); os.makedirs("/output/empty")
+for name in (b"result.json", b"a/b/deep", "na me+%41 \\u00e9\\n.txt".encode(), b".hidden", b"-rf"):
+    open(b"/output/" + name, "wb").write(name)
+open(b"/output/not \\xff UTF-8", "w"); os.symlink("/etc/passwd", "/output/link"); os.symlink("a", "/output/c")
+os.mkfifo("/output/fifo")
+print("out"); print("err", file=sys.stderr); sys.exit(3)
+"""
+WRITTEN = {name: name.encode() for name in ("result.json", "a/b/deep", "na me+%41 é\n.txt", ".hidden", "-rf")}
+
+
+@in_a_sandbox
+def test_outputs_are_those_that_were_asked_for_and_written(client_of: Clients, server: Any) -> None:
+    names = ["a/b/deep", "missing", "result.json", "na me+%41 é\n.txt"]
+    result = client_of(server.url).run(PYTHON, ["python3", "-c", WRITE], outputs=names)
+    assert list(result.outputs.items()) == [(name, WRITTEN[name]) for name in names if name != "missing"]
+    assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "err\n")
+
+
+@in_a_sandbox
+def test_all_outputs_are_all_files_that_were_written(
+    client_of: Clients, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = client_of(server.url).run(PYTHON, ["python3", "-c", WRITE], outputs=True)
+    assert result.outputs == WRITTEN
+    assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "err\n")
+    assert [record.levelname for record in caplog.records if "UTF-8" in record.getMessage()] == ["WARNING"]
+
+
+@in_a_sandbox
+def test_all_outputs_go_into_a_local_folder(client_of: Clients, server: Any, tmp_path: Path) -> None:
+    targets: list[Any] = [tmp_path / "made" / "anew", str(tmp_path / "made")]
+    for number, target in enumerate(targets):
+        cmd = ["python3", "-c", WRITE]
+        result = client_of(server.url).run(PYTHON, cmd, output_dir=target, input="typed in")
+        assert result.exit_code == 3
+        assert {str(path.relative_to(target)): path.read_bytes() for path in sorted(Path(target).rglob("*"))
+                if path.is_file() and (number == 0 or "anew" not in path.parts)} == WRITTEN  # fmt: skip
+
+
+@in_a_sandbox
+def test_a_program_that_writes_nothing_has_no_outputs(client_of: Clients, server: Any, tmp_path: Path) -> None:
+    client = client_of(server.url)
+    assert client.run(PYTHON, ["true"], outputs=True).outputs == {}
+    assert client.run(PYTHON, ["true"], outputs=["a"]).outputs == {}
+    assert client.run(PYTHON, ["true"], output_dir=tmp_path / "x").ok
+    assert client.run(PYTHON, ["true"]).outputs == {}
+
+
+@pytest.mark.parametrize("what", ["../x", "/etc/x", "", ".", "a/../b", "x\0", "a\ud800", "/output/../x"], ids=ascii)
+def test_the_name_of_an_output_that_cannot_be_is_refused_before_anything_is_sent(client_of: Clients, what: str) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError):
+        client_of(peer.url).run("image", ["true"], outputs=["fine", what])
+
+
+@pytest.mark.parametrize("what", ["x", b"x", 1, [1], [b"x"]], ids=repr)
+def test_outputs_of_a_wrong_kind_are_refused(client_of: Clients, what: Any) -> None:
+    with Peer([]) as peer, pytest.raises((TypeError, BoxerValidationError)):
+        client_of(peer.url).run("image", ["true"], outputs=what)
+
+
+def test_a_folder_that_is_named_as_an_output_is_an_error_with_the_result(client_of: Clients) -> None:
+    with Host(Kept({"a": NOT_A_FILE})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": ["a"]}))
+    assert isinstance(got, BoxerAPIError) and "is a folder" in str(got)
+    assert got.result == RESULT and pickle.loads(pickle.dumps(got)).result == RESULT
+
+
+# Hostile lists: each row is an entry, and whether it is a name.
+LISTED: list[tuple[bytes, bool]] = [
+    (b"./fine", True), (b"./a/b", True), (b"./\xc3\xa9 \n\x1b[31m", True), (b"./...", True), (b"./..a/b..", True),
+    (b"./~", True), (b"./C:x", sys.platform != "win32"), (b"./a\\b", sys.platform != "win32"),
+    (b"./../x", False), (b"./a/../../x", False), (b"./..", False), (b"./.", False), (b"./", False), (b".", False),
+    (b".//etc/passwd", False), (b"./a//b", False), (b"./a/./b", False), (b"./a/", False), (b"/etc/passwd", False),
+    (b"./\xff", False), (b"./\xed\xa0\x80", False), (b"../boxer-2/x", False), (b"../../up", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "is_name"), LISTED, ids=ascii)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_of_a_hostile_list_only_names_below_output_count(
+    client_of: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: bytes, is_name: bool, where: str
+) -> None:
+    name = entry[2:].decode("utf-8", "surrogateescape")
+    kept = Kept({name: b"content", "last": b""} if is_name else {"last": b""}, b"%b\0./last\0" % entry)
+    target = tmp_path / "deep" / "down" / "target"
+    with Host(kept) as host:
+        wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": target}
+        result = client_of(host.url).run("image", ["true"], **wanted)
+    found = {"last": b"", **({name: b"content"} if is_name else {})}
+    assert kept.asked[1:] == [f"output/boxer-1/{path}" for path in ([name] if is_name else []) + ["last"]]
+    if where == "memory":
+        assert result.outputs == found
+    else:
+        files = {path for path in tmp_path.rglob("*") if not path.is_dir()}
+        assert {str(path.relative_to(target)): path.read_bytes() for path in files} == found
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == (not is_name) and all(map(str.isprintable, messages))
+
+
+# Each row: the list of outputs, as a server gives it.
+BAD_LISTS: dict[str, Any] = {
+    "missing": [failing("404 Not Found", "file not found")],
+    "a folder": NOT_A_FILE,
+    "too many names": b"".join(b"./%d\0" % number for number in range(10_001)),
+    "200,000 names": b"".join(b"./%d\0" % number for number in range(200_000)),
+    "a server's failure": [failing("500 Internal Server Error", "no")],
+    "cut": [answer(b"./a\0./b\0")[:-2], Do.FIN],
+    "3 GiB": endless(3 * GIB),
+}
+
+
+@pytest.mark.parametrize("listing", BAD_LISTS.values(), ids=BAD_LISTS)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_a_list_that_is_forged_or_missing_is_an_error_with_the_result(
+    client_of: Clients, tmp_path: Path, listing: Any, where: str
+) -> None:
+    kept = Kept({}, listing)
+    wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": tmp_path / "target"}
+    with Frail(kept) as host:
+        tracemalloc.start()
+        try:
+            got = outcome(client_of(host.url), ("run", ("image", ["true"]), wanted), retries=0)
+            assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+        finally:
+            tracemalloc.stop()
+    assert isinstance(got, BoxerError) and got.result == RESULT, got
+    assert set(kept.asked) == {f"output/boxer-1/{kept.name}"}
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_ten_thousand_outputs_are_fetched(client_of: Clients) -> None:
+    with Host(Kept({str(number): b"" for number in range(10_000)})) as host:
+        assert len(client_of(host.url).run("image", ["true"], outputs=True).outputs) == 10_000
+
+
+def test_more_than_256_mib_of_outputs_are_an_error_with_the_result(client_of: Clients) -> None:
+    large = answer(bytes(100 * MIB))
+    with Frail(Kept({"a": [large], "b": [large], "c": [large]})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": True}))
+    assert isinstance(got, BoxerError) and got.result.exec_id == "boxer-1"
+
+
+def test_a_single_endless_output_takes_no_endless_memory(client_of: Clients) -> None:
+    with Frail(Kept({"a": endless(3 * GIB)})) as host:
+        tracemalloc.start()
+        try:
+            got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": True}))
+            assert tracemalloc.get_traced_memory()[1] < 300 * MIB
+        finally:
+            tracemalloc.stop()
+    assert isinstance(got, BoxerError) and got.result == RESULT
+
+
+def test_the_list_of_outputs_has_a_random_name_and_is_no_output(client_of: Clients) -> None:
+    kept = Kept({"a": b"x"})
+    names = set()
+    with Host(kept) as host:
+        client = client_of(host.url)
+        for _ in range(3):
+            assert client.run("image", ["true"], outputs=True).outputs == {"a": b"x"}
+            names.add(kept.name)
+    assert len(names) == 3 and all(len(name) >= 16 for name in names)
+    assert all(run["persist"] is True for run in runs_of(host))
+
+
+# A program that knows the name of the list, as /proc tells it, and what it does there.
+SPY = """
+import os, re, sys
+line = open(f"/proc/{os.getppid()}/cmdline").read()
+name = "/output/" + re.search("! -name ([^ ]+)", line)[1]
+open("/output/honest", "w").write("x")
+"""
+SPIES = {
+    "a folder in its place": "os.mkdir(name)",
+    "a link in its place": "os.symlink('/etc/passwd', name)",
+    "a link to another output": "os.symlink('honest', name)",
+    "a list that cannot be written": (
+        "open(name, 'w').write('./../../x\\\\0./honest\\\\0/etc/passwd\\\\0'); os.chmod(name, 0o400)"
+    ),
+    "no shell": "os.kill(os.getppid(), 9)",
+    "no way to list": "os.chmod('/output', 0o300)",
+    "many names": "[open(f'/output/{n}', 'w').close() for n in range(300)]",
+}
+
+
+@in_a_sandbox
+@of_the_stand_in
+@pytest.mark.parametrize("act", SPIES.values(), ids=SPIES)
+def test_a_program_that_meddles_with_the_list_gains_nothing(client_of: Clients, tmp_path: Path, act: str) -> None:
+    with own_server() as server:
+        client, cmd = client_of(server.url), ["python3", "-c", SPY + act.replace("\\\\", "\\")]
+        for wanted in ({"outputs": True}, {"output_dir": tmp_path / "a" / "b"}):
+            got = outcome(client, ("run", (PYTHON, cmd), {**wanted, "files": {"f": b""}}))
+            if isinstance(got, BoxerError):
+                assert got.result.exec_id.startswith("boxer-")
+            else:
+                assert set(got.outputs) <= {"honest", *map(str, range(2000))}
+        assert server.store.uploads() == []
+    files = [path for path in tmp_path.rglob("*") if not path.is_dir()]
+    assert all(path.parent == tmp_path / "a" / "b" and not path.is_symlink() for path in files)
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_sparse_file_is_streamed_into_a_folder_and_too_much_for_memory(client_of: Clients, tmp_path: Path) -> None:
+    grow = "open('/output/sparse', 'w').truncate({} << 20)"
+    with own_server() as server:
+        client = client_of(server.url)
+        tracemalloc.start()
+        try:
+            got = outcome(client, ("run", (PYTHON, ["python3", "-c", grow.format(3 << 10)]), {"outputs": True}))
+            assert isinstance(got, BoxerError) and got.result.ok
+            del got
+            gc.collect()  # what was received hangs on the error's traceback
+            tracemalloc.reset_peak() if hasattr(tracemalloc, "reset_peak") else None
+            assert client.run(PYTHON, ["python3", "-c", grow.format(300)], output_dir=tmp_path / "x").ok
+            assert tracemalloc.get_traced_memory()[1] < (16 if hasattr(tracemalloc, "reset_peak") else 300) * MIB
+        finally:
+            tracemalloc.stop()
+        assert (tmp_path / "x" / "sparse").stat().st_size == 300 * MIB
+        (tmp_path / "x" / "sparse").unlink()
+
+
+# Output folders
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder with one file that nobody is to write to; beside it is the folder for outputs."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x").write_bytes(b"untouched")
+    (tmp_path / "target").mkdir()
+    return tmp_path / "outside"
+
+
+@pytest.mark.parametrize("name", ["link/x", "link/new", "link/deep/new", "d/link/x"])
+def test_nothing_is_written_through_a_link_below_the_folder_of_outputs(
+    client_of: Clients, outside: Path, name: str
+) -> None:
+    target = outside.parent / "target"
+    link = target / name[: name.index("link") + 4]
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+    with Host(Kept({name: b"evil"})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": target}))
+    assert isinstance(got, BoxerError) and got.result == RESULT
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == {"x": b"untouched"}
+
+
+def test_an_output_takes_the_place_of_a_link_and_does_not_follow_it(client_of: Clients, outside: Path) -> None:
+    target = outside.parent / "target"
+    (target / "a").symlink_to(outside / "x")
+    (target / "b").write_bytes(b"old")
+    with Host(Kept({"a": b"new", "b": b"new"})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": target}))
+    assert (outside / "x").read_bytes() == b"untouched"
+    if not isinstance(got, BoxerError):  # to refuse is as good
+        assert {name: (target / name).read_bytes() for name in "ab"} == {"a": b"new", "b": b"new"}
+        assert not (target / "a").is_symlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
+def test_no_output_goes_into_a_pipe_or_through_a_link_to_one(client_of: Clients, outside: Path) -> None:
+    os.mkfifo(outside / "pipe")
+    os.mkfifo(outside.parent / "target" / "b")
+    (outside.parent / "target" / "a").symlink_to(outside / "pipe")
+    pipe = os.open(outside / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with Host(Kept({"a": b"evil", "b": b"evil"})) as host:
+        client_of(host.url).run("image", ["true"], output_dir=outside.parent / "target")
+    assert os.read(pipe, 100) == b"" and (outside / "pipe").is_fifo()
+    assert all((outside.parent / "target" / name).read_bytes() == b"evil" for name in "ab")
+    os.close(pipe)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such limit here")
+@pytest.mark.parametrize("is_json", [None, False, True], ids=["client", "command", "command with JSON"])
+def test_a_disk_that_fills_up_is_an_error_with_the_result(
+    client_of: Clients, call_main: Any, tmp_path: Path, is_json: bool | None
+) -> None:
+    import resource
+
+    limits, (name, *_) = resource.getrlimit(resource.RLIMIT_FSIZE), ["large"]
+    with Host(Kept({name: bytes(4 * MIB)})) as host:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, limits[1]))
+        try:
+            if is_json is None:
+                got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
+            else:
+                said = call_main("run", "--url", host.url, *["--json"] * is_json, "-o", "x", "image", "x")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if is_json is None:
+        assert (
+            is_expected(got, (BoxerError, None, f"the output {name!r} could not be written")) and got.result == RESULT
+        )
+    else:
+        assert said.code == 125 and (json.loads(said.stdout)["stdout"] if is_json else said.stdout.decode()) == "hi\n"
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def test_the_folder_of_outputs_may_itself_be_a_link(client_of: Clients, outside: Path) -> None:
+    (outside.parent / "link").symlink_to("target")
+    with Host(Kept({"a/b": b"new"})) as host:
+        client_of(host.url).run("image", ["true"], output_dir=outside.parent / "link")
+    assert (outside.parent / "target" / "a" / "b").read_bytes() == b"new"
+
+
+# Outputs that cannot be had as files: each row has their names, in the order of the list.
+CLASHES = {
+    "a file and a folder": {"a": b"", "a/b": b""},
+    "a folder and a file": {"a/b": b"", "a": b""},
+    "a name too long": {"x" * 300: b""},
+    "a path too long": {"/".join(["x" * 200] * 40): b""},
+}
+
+
+@pytest.mark.parametrize("outputs", CLASHES.values(), ids=CLASHES)
+def test_an_output_that_cannot_be_a_file_here_is_an_error_with_the_result(
+    client_of: Clients, tmp_path: Path, outputs: dict[str, bytes]
+) -> None:
+    with Host(Kept(outputs)) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "target"}))
+    assert isinstance(got, BoxerError) and got.result == RESULT
+
+
+def test_each_output_is_whole_or_not_there(client_of: Clients, tmp_path: Path) -> None:
+    cut = [answer(bytes(MIB))[:-1], Do.FIN]
+    with Host(Kept({"a": b"whole", "b": cut})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}), retries=0)
+    assert isinstance(got, BoxerConnectionError) and got.result == RESULT
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == {"a": b"whole"}
+
+
+def test_outputs_are_named_or_go_into_a_folder(client_of: Clients, tmp_path: Path) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="exclude each other"):
+        client_of(peer.url).run("image", ["true"], outputs=["a"], output_dir=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_local_folder_that_cannot_be_made_is_an_error_of_the_system(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Host(Kept({"a": b""})) as host, pytest.raises((OSError, BoxerError)):
+        client_of(host.url).run("image", ["true"], output_dir=tmp_path / "file" / "x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: downloads to disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_download_goes_to_a_path_or_into_a_folder_under_its_name(client_of: Clients, tmp_path: Path) -> None:
+    content = os.urandom(3 * MIB)
+    (tmp_path / "folder").mkdir()
+    with store() as server:
+        client = client_of(server.url)
+        client.upload_file("d/é.bin", content)
+        for local in (tmp_path / "new", str(tmp_path / "new"), tmp_path / "folder", f"{tmp_path}/folder/"):
+            client.download_path("d/é.bin", local)
+        client.download_path("/d/é.bin", tmp_path / "slash")
+    found = {
+        str(path.relative_to(tmp_path)): path.read_bytes() == content for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert found == {"new": True, "folder/é.bin": True, "slash": True}
+
+
+def test_a_download_refuses_to_write_over_a_folder(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="folder"):
+        client_of(peer.url).download_path("x/a.txt", tmp_path)
+
+
+@pytest.mark.parametrize("remote", ["a/..", "..", ".", "/", "a/"])
+def test_a_download_into_a_folder_needs_a_name(client_of: Clients, tmp_path: Path, remote: str) -> None:
+    (tmp_path / "inner").mkdir()
+    with Host(lambda _: [answer(b"evil")]) as host, pytest.raises(BoxerError):
+        client_of(host.url).download_path(remote, tmp_path / "inner")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "inner"]
+
+
+def test_a_download_goes_to_where_a_binary_file_stands(client_of: Clients, tmp_path: Path) -> None:
+    with open(tmp_path / "a", "w+b") as file, Host(lambda _: [answer(b"content")]) as host:
+        client = client_of(host.url)
+        file.write(b"before ")
+        client.download_path("a", file)
+        client.download_path("a", file)
+        file.seek(0)
+        assert file.read() == b"before contentcontent"
+        with pytest.raises(TypeError), open(tmp_path / "b", "w") as text:
+            client.download_path("a", text)
+
+
+class Pipe:
+    """What can only be written to; after `room` bytes, that fails."""
+
+    def __init__(self, room: float = math.inf) -> None:
+        self.content, self.room = b"", room
+
+    def write(self, data: Any) -> int:
+        if len(self.content) >= self.room:
+            raise LookupError("enough")
+        self.content += bytes(data)
+        return len(data)
+
+
+BULKY_CONTENT = bytes(range(256)) * 4096 * 3  # more than is written at a time
+
+
+def cut_then_whole() -> Peer:
+    return Peer([[Do.REQUEST, answer(BULKY_CONTENT)[:-1000], Do.FIN], [Do.REQUEST, answer(BULKY_CONTENT)]])
+
+
+def test_a_download_is_started_over_after_a_lost_connection(client_of: Clients, tmp_path: Path) -> None:
+    with cut_then_whole() as peer:
+        client_of(peer.url).download_path("a", tmp_path / "a")
+    with cut_then_whole() as peer, open(tmp_path / "b", "w+b") as file:
+        file.write(b"before ")
+        client_of(peer.url).download_path("a", file)
+    assert (tmp_path / "a").read_bytes() == BULKY_CONTENT
+    assert (tmp_path / "b").read_bytes() == b"before " + BULKY_CONTENT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_cannot_be_rewound_gets_a_download_once(client_of: Clients) -> None:
+    whole, part, content = Pipe(), Pipe(), BULKY_CONTENT * 8
+    with Peer.answering(answer(content)) as peer:
+        client_of(peer.url).download_path("a", whole)
+    with Peer([[Do.REQUEST, answer(content)[:-1000], Do.FIN]]) as peer:
+        assert is_expected(outcome(client_of(peer.url), ("download_path", ("a", part), {})), lost())
+    assert whole.content == content and part.content and content.startswith(part.content)
+
+
+# Each row: what a server says, and what comes of it.
+NO_DOWNLOADS: dict[str, tuple[list[Any], Any]] = {
+    "not found": ([failing("404 Not Found", "file not found")], refusal(404, "file not found")),
+    "a folder": (NOT_A_FILE, refusal(301, "folder")),
+    "cut": ([answer(BULKY_CONTENT)[:-1], Do.FIN], lost()),
+    "a part": ([answer(b"x", "206 Partial Content")], refusal(206)),
+}
+
+
+@pytest.mark.parametrize(("said", "expected"), NO_DOWNLOADS.values(), ids=NO_DOWNLOADS)
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "there"])
+def test_a_download_that_fails_leaves_everything_as_it_was(
+    client_of: Clients, tmp_path: Path, said: list[Any], expected: Any, is_there: bool
+) -> None:
+    if is_there:
+        (tmp_path / "a").write_bytes(b"old")
+    file = io.BytesIO(b"old")
+    with Host(lambda _: said) as host:
+        client = client_of(host.url, retries=0)
+        assert is_expected(outcome(client, ("download_path", ("a", tmp_path / "a"), {})), expected)
+        if expected != lost():
+            assert is_expected(outcome(client, ("download_path", ("a", file), {})), expected)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"a": b"old"} if is_there else {})
+    assert file.getvalue() == b"old"
+
+
+def test_a_download_into_a_folder_that_is_not_there_is_an_error_of_the_system(
+    client_of: Clients, tmp_path: Path
+) -> None:
+    with Host(lambda _: [answer(b"x")]) as host, pytest.raises(FileNotFoundError) as caught:
+        client_of(host.url).download_path("a", tmp_path / "missing" / "a")
+    assert caught.value.filename == str(tmp_path / "missing" / "a")
+
+
+def test_a_file_uploaded_to_a_path_that_ends_in_a_slash_goes_into_that_folder(
+    client_of: Clients, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with store() as server:
+        assert client_of(server.url).upload_path(tmp_path / "a.txt", "b/") == ["b/a.txt"]
+
+
+# Each row: a working directory beside files of the run's own, and what is sent for it below the run's folder.
+BELOW = [(None, ""), ("", ""), (".", ""), ("a", "/a"), ("a/b/", "/a/b"), ("/tmp", None), ("/", None)]
+
+
+@pytest.mark.parametrize(("cwd", "below"), BELOW)
+def test_a_relative_working_directory_is_below_the_run_s_own_folder(
+    client_of: Clients, cwd: str | None, below: str | None
+) -> None:
+    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
+        client_of(host.url).run("image", ["true"], files={"a/b/c": b""}, cwd=cwd)
+    sent = next(request.json["cwd"] for request in host.seen if "/run" in request.line)
+    assert sent == cwd if below is None else re.fullmatch(f"/boxer-[0-9a-f]{{32}}{below}", sent)
+
+
+@pytest.mark.parametrize("exec_id", ["a\0b", LONE], ids=ascii)
+def test_a_result_that_no_output_can_be_fetched_for_is_the_server_s_fault(client_of: Clients, exec_id: str) -> None:
+    with Host(lambda _: [answer({**RUN, "exec_id": exec_id})]) as host:
+        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": ["a"]}))
+    assert is_expected(error, (BoxerAPIError, 200, "the result is malformed: exec_id has"))
+
+
+@pytest.mark.parametrize("can_be_rewound", [False, True])
+def test_a_file_that_ends_as_an_iterator_does_is_an_error(client_of: Clients, can_be_rewound: bool) -> None:
+    class Iterating(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if size:
+                raise StopIteration
+            return b""
+
+        def seek(self, *args: Any) -> int:
+            if not can_be_rewound:
+                raise io.UnsupportedOperation
+            return super().seek(*args)
+
+    with Frail(lambda _: [STORED]) as host, pytest.raises(RuntimeError, match="StopIteration"):
+        client_of(host.url).upload_file("a.txt", Iterating(b"content"))
+
+
+def test_a_file_that_does_not_heed_the_size_is_refused(client_of: Clients) -> None:
+    class Whole(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read()
+
+    with Peer([]) as peer, pytest.raises(TypeError, match="takes a size"):
+        client_of(peer.url).run("image", ["true"], files={"a": Whole(b"content")})
+
+
+def test_text_needs_no_thread_of_a_loop_whose_threads_are_busy() -> None:
+    async def main() -> list[Any]:
+        loop, is_over = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, is_over.wait, 30)
+        async with AsyncBoxerClient(host.url, timeout=0.5) as client:
+            text = await client.run("image", ["true"], files={"a": "1", "b": b"2"}, input="x", outputs=["a"])
+            try:
+                await client.run("image", ["true"], files={"a": io.BytesIO(b"1")})
+            except BoxerTimeoutError as error:
+                return [text.ok, error.status_code, str(error)]
+            finally:
+                is_over.set()
+                await busy
+        return []
+
+    with Host(Kept({"a": b"x"})) as host:
+        assert asyncio.run(main()) == [True, 0, "local files: no end of reading within 0.5 s; the client gave up"]
+
+
+def test_a_local_path_in_a_list_of_files_is_told_apart_from_one_on_the_server(client_of: Clients) -> None:
+    with Host(lambda _: [failing("400 Bad Request", "file not found: main.py")]) as host:
+        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"files": ["main.py"]}))
+    assert is_expected(error, (BoxerAPIError, 400, "file not found: main.py; a list in files names what was uploaded"))
+
+
+def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> None:
+    content = [raw(f"Content-Length: {64 * MIB}"), *[bytes(MIB)] * 64]
+    with Peer([[Do.REQUEST, content, Do.DRAIN]]) as peer, pytest.raises(LookupError, match="enough"):
+        client_of(peer.url).download_path("a", Pipe(room=100_000))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no devices here")
+def test_a_download_to_a_device_does_not_replace_it(client_of: Clients, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "link").symlink_to(f"/proc/self/fd/{reading}")  # as /dev/stdout is one: it leads to no path
+    with Host(lambda _: [answer(b"content")]) as host:
+        for name in ("pipe", "link")[: 2 if sys.platform == "linux" else 1]:
+            client_of(host.url).download_path("a", tmp_path / name)
+            assert os.read(reading, 100) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reading)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
+def test_a_download_to_a_pipe_that_nobody_reads_does_not_wait_for_ever(client_of: Clients, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Peer([]) as peer, pytest.raises(OSError, match="pipe"):
+        client_of(peer.url).download_path("a", tmp_path / "pipe")
+
+
+def test_a_download_to_disk_has_the_permissions_of_any_new_file(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with Host(lambda _: [answer(b"x")]) as host:
+        client_of(host.url).download_path("a", tmp_path / "a")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+class CountingFile:
+    """A file object that counts, as tqdm.wrapattr makes it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.count = file, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> Any:
+        data = self.file.read(size)
+        self.count += len(data)
+        return data
+
+    def write(self, data: Any) -> Any:
+        self.count += len(data)
+        return self.file.write(data)
+
+
+def test_a_file_object_that_counts_shows_the_progress_of_either_direction(client_of: Clients) -> None:
+    with store() as server:
+        client, up, down = client_of(server.url), CountingFile(io.BytesIO(BULKY_CONTENT)), CountingFile(io.BytesIO())
+        client.upload_file("a", up)
+        client.download_path("a", down)
+    assert up.count == down.count == len(BULKY_CONTENT) and down.getvalue() == BULKY_CONTENT
+
+
+LARGE_TRANSFER = """
+import asyncio, hashlib, resource, sys
+from pathlib import Path
+from boxer import AsyncBoxerClient, BoxerClient
+
+def transfer(url):
+    with BoxerClient(url) as client:
+        client.upload_path("large", "a")
+        client.download_path("a", "copy")
+
+async def transfer_async(url):
+    async with AsyncBoxerClient(url) as client:
+        await client.upload_path("large", "a")
+        await client.download_path("a", "copy")
+
+kind, url = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+transfer(url) if kind == "sync" else asyncio.run(transfer_async(url))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@of_the_stand_in
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has used is counted in another unit here")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_large_file_goes_up_and_down_in_64_mib_of_memory(large_store: StandIn, tmp_path: Path, kind: str) -> None:
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(300 * MIB - 6)
+        file.seek(0, os.SEEK_END)
+        file.write(b"ending")
+    taken = int(program_beside_boxer(tmp_path, LARGE_TRANSFER, kind, large_store.url)) * 1024
+    with open(tmp_path / "copy", "rb") as copied:
+        assert os.fstat(copied.fileno()).st_size == 300 * MIB
+        copied.seek(-8, os.SEEK_END)
+        assert copied.read() == b"\0\0ending"
+    for name in ("large", "copy"):
+        (tmp_path / name).unlink()
+    assert taken < 64 * MIB
+
+
+# What an answer says of itself, what files take, and when a call is over
+
+
+@pytest.mark.parametrize("coding", ["identity", "", "Identity"])
+def test_content_that_is_not_coded_is_written_whatever_names_it_so(
+    client_of: Clients, tmp_path: Path, coding: str
+) -> None:
+    with Host(lambda _: [answer(b"content", Content_Encoding=coding)]) as host:
+        client_of(host.url).download_path("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("head", [raw("Content-Encoding: gzip"), raw(status="HTTP/1.1 206 Partial Content")])
+def test_an_answer_that_is_refused_is_not_taken_in_first(client_of: Clients, tmp_path: Path, head: bytes) -> None:
+    flood = itertools.chain([head], itertools.repeat(BULKY_CONTENT))
+    with Peer([[Do.REQUEST, flood, Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError):
+        client_of(peer.url, retries=0).download_path("a", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [200, 404])
+def test_what_a_handler_answers_with_is_written(tmp_path: Path, code: int) -> None:
+    def respond(_: str) -> urllib.response.addinfourl:
+        return addinfourl(b"content", code)
+
+    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Fake(respond)]) as client:
+        got = outcome(client, ("download_path", ("a", tmp_path / "a"), {}))
+    assert (got is None) == (tmp_path / "a").exists() == (code == 200)
+    assert code != 200 or (tmp_path / "a").read_bytes() == b"content"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions here")
+def test_a_download_leaves_private_what_was(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "a").touch(0o600)
+    (tmp_path / "link").symlink_to("a")
+    with Host(lambda _: [answer(b"content")]) as host:
+        client_of(host.url).download_path("a", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+class Full(io.RawIOBase):
+    """A file that takes nothing, and says so in one of two ways."""
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: Any) -> Any:
+        return self.says
+
+
+@pytest.mark.parametrize("says", [0, None])
+def test_a_file_that_takes_nothing_ends_a_download(client_of: Clients, says: Any) -> None:
+    with Host(lambda _: [answer(b"content")]) as host, pytest.raises(BlockingIOError):
+        client_of(host.url).download_path("a", Full(says))
+
+
+def test_nothing_is_written_once_the_call_is_over() -> None:
+    class Slow:
+        """Takes a byte at a time, and then waits."""
+
+        def __init__(self) -> None:
+            self.count, self.writes, self.go_on = 0, threading.Event(), threading.Event()
+
+        def write(self, _: Any) -> int:
+            self.count += 1
+            self.writes.set()
+            assert self.go_on.wait(30)
+            return 1
+
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            call = asyncio.ensure_future(client.download_path("a", slow))
+            await asyncio.get_running_loop().run_in_executor(None, slow.writes.wait, 30)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            slow.go_on.set()
+
+    slow: Any = Slow()
+    with Host(lambda _: [answer(b"content")]) as host:
+        asyncio.run(main())  # it waits for the threads of its executor
+    assert slow.count == 1
+
+
+def test_a_file_that_takes_its_time_does_not_outlast_the_deadline() -> None:
+    class Stuck:
+        def write(self, content: Any) -> int:
+            assert go_on.wait(30)
+            return len(content)
+
+    async def main(target: Any) -> None:
+        async with AsyncBoxerClient(host.url) as client:
+            with contextlib.ExitStack() as stack:
+                stack.callback(go_on.set)
+                stack.enter_context(pytest.raises(BoxerTimeoutError, match=r"within 0\.3 s; the client gave up"))
+                await client.download_path("a", target, timeout=0.3)
+
+    go_on = threading.Event()
+    with Host(lambda _: [answer(b"content")]) as host:
+        asyncio.run(main(Stuck()))
+
+
+def test_an_output_that_lies_too_deep_is_an_error_with_the_result(client_of: Clients, tmp_path: Path) -> None:
+    with Host(Kept({"/".join("x" * 70): b""})) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
+    assert is_expected(got, (BoxerError, None, "folders deep")) and got.result == RESULT
+
+
+def test_what_a_signal_handler_raises_leaves_a_download_of_outputs_as_it_is(tmp_path: Path) -> None:
+    class Raising(urllib.request.BaseHandler):
+        """Raises what a signal handler might, while a file is fetched."""
+
+        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+            if "/files" in request.selector and "list" not in request.selector:
+                raise TimeoutError("my own")
+            return request
+
+    kept, error = Kept({"a": b""}), pytest.raises(TimeoutError, match="my own")
+    with Host(kept) as host, BoxerClient(host.url, handlers=[Raising()]) as client, error:
+        client.run("image", ["true"], output_dir=tmp_path / "x")
+
+
+@pytest.mark.parametrize("what", ["outputs", "removal"])
+def test_a_result_is_not_lost_if_the_client_is_closed_before_its_outputs_come(what: str) -> None:
+    class Closing(urllib.request.BaseHandler):
+        """Closes the client once the run has been answered."""
+
+        def http_response(self, request: urllib.request.Request, response: Any) -> Any:
+            if request.selector.endswith("/run"):
+                client.close()
+            return response
+
+    more: dict[str, Any] = {"outputs": ["a"]} if what == "outputs" else {"files": {"a": b""}, "persist": True}
+    with Host(lambda _: [answer({**RUN, "path": "x"})]) as host:
+        client = BoxerClient(host.url, handlers=[Closing()])
+        got = outcome(client, ("run", ("image", ["true"]), more))
+    if what == "outputs":
+        assert is_expected(got, lost("the client was closed")) and got.result == RESULT
+    else:
+        assert got == RESULT
+
+
+def test_what_goes_wrong_with_an_output_is_no_fault_of_the_client_s(tmp_path: Path) -> None:
+    class Broken(urllib.request.BaseHandler):
+        """Has a fault of its own."""
+
+        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+            if "/files" in request.selector:
+                raise RuntimeError("a fault of mine")
+            return request
+
+    kept, error = Kept({"a": b""}), pytest.raises(RuntimeError, match="a fault of mine")
+    with Host(kept) as host, BoxerClient(host.url, handlers=[Broken()]) as client, error:
+        client.run("image", ["true"], outputs=["a"])
+
+
+def test_a_file_object_stands_for_one_file(client_of: Clients) -> None:
+    file = io.BytesIO(b"content")
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="under two names"):
+        client_of(peer.url).run("image", ["true"], files={"a": file, "b": file})
+
+
+def test_a_run_that_was_given_up_before_its_uploads_sends_none_of_them() -> None:
+    class Slow(io.BytesIO):
+        """Is asked for nothing first, and then takes its time."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            if size == 0:
+                begun.set()
+                assert go_on.wait(30)
+            return super().read(size)
+
+    begun, go_on = threading.Event(), threading.Event()
+    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"a": Slow(b"a"), "b": b"b"})]
+    # The first run ends once the second one has begun.
+    with Host(lambda _: [lambda: begun.wait(30), RAN]) as host, BoxerClient(host.url) as client:
+        outcomes = client.run_many(requests, concurrency=2)
+        assert next(outcomes)[1] == RESULT and begun.is_set()
+        threading.Timer(0.3, go_on.set).start()  # once closing has begun, which waits for the run
+        outcomes.close()
+    assert [request.line for request in host.seen] == ["POST /run HTTP/1.1"]
+
+
+def test_uploads_that_begin_after_their_run_was_given_up_are_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(50):
+        (tmp_path / "many" / str(number)).touch()
+    begun = threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        if request.line.startswith("POST /files"):
+            begun.set()
+            return [Do.DRAIN]
+        return [RAN]
+
+    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"many": tmp_path / "many"})]
+    with Host(respond) as host, BoxerClient(host.url, retries=0) as client:
+        outcomes = client.run_many(requests, concurrency=2)
+        assert next(outcomes)[1] == RESULT
+        assert begun.wait(30)
+        outcomes.close()
+    assert len([request for request in host.seen if request.line.startswith("POST /files")]) <= 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: many runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """Answers runs of `echo` as they are let: a function for a Host. `most` is how many there were at once."""
+
+    def __init__(self, hold: Callable[[int], object] = lambda number: None) -> None:
+        self.hold = hold
+        self.lock, self.live, self.most, self.begun = threading.Lock(), 0, 0, 0
+
+    def __call__(self, request: Received) -> list[Any]:
+        number = int(request.json["cmd"][1])
+        with self.lock:
+            self.live += 1
+            self.begun += 1
+            self.most = max(self.most, self.live)
+        self.hold(number)
+        with self.lock:
+            self.live -= 1
+        return [answer({**RUN, "stdout": f"{number}\n"})]
+
+
+def printed(outcomes: Iterable[tuple[RunRequest, Any]]) -> list[tuple[int, str]]:
+    return [(request.tag, getattr(outcome, "stdout", outcome)) for request, outcome in outcomes]
+
+
+def test_many_runs_come_in_order_with_the_requests_that_were_given(client_of: Clients) -> None:
+    later = threading.Event()
+
+    def hold(number: int) -> None:
+        assert later.wait(30) if number == 0 else True
+        if number == 5:
+            later.set()
+
+    requests = list(numbered(30))
+    with Host(Echo(hold)) as host:
+        outcomes = list(iterate(client_of(host.url), requests, concurrency=4))
+    assert [request is given for (request, _), given in zip(outcomes, requests)] == [True] * 30
+    assert printed(outcomes) == [(number, f"{number}\n") for number in range(30)]
+
+
+def test_many_runs_come_as_they_end_where_the_order_does_not_matter(client_of: Clients) -> None:
+    later = threading.Event()
+    with Host(Echo(lambda number: later.wait(30) if number == 0 else None)) as host:
+        outcomes = iterate(client_of(host.url), numbered(20), concurrency=4, ordered=False)
+        first = printed(itertools.islice(outcomes, 19))
+        later.set()
+        assert printed(outcomes) == [(0, "0\n")]
+    assert sorted(first) == [(number, f"{number}\n") for number in range(1, 20)]
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+def test_no_more_than_so_many_runs_are_in_flight(client_of: Clients, concurrency: int, ordered: bool) -> None:
+    echo = Echo(lambda number: threading.Event().wait(0.005))
+    with Host(echo) as host:
+        outcomes = printed(iterate(client_of(host.url), numbered(60), concurrency=concurrency, ordered=ordered))
+    assert sorted(outcomes) == [(number, f"{number}\n") for number in range(60)]
+    assert echo.most <= concurrency and (echo.most > 1) == (concurrency > 1)
+
+
+def test_eight_runs_are_in_flight_by_default(client_of: Clients) -> None:
+    eight = threading.Barrier(8)
+    with Host(Echo(lambda number: eight.wait(30))) as host:
+        assert len(printed(iterate(client_of(host.url), numbered(16)))) == 16
+
+
+def test_more_runs_at_once_than_connections_wait_for_their_turn(client_of: Clients) -> None:
+    echo = Echo(lambda number: threading.Event().wait(0.01))
+    with Host(echo) as host:
+        client = client_of(host.url, max_connections=2, timeout=2)
+        assert len(printed(iterate(client, numbered(40), concurrency=16))) == 40
+    assert echo.most == 2
+
+
+def test_the_source_is_asked_only_for_what_there_is_room_for(client_of: Clients) -> None:
+    taken = 0
+
+    def source() -> Iterator[RunRequest]:
+        nonlocal taken
+        for request in numbered(10_000):
+            taken += 1
+            yield request
+
+    with Host(Echo()) as host:
+        outcomes = iterate(client_of(host.url), source(), concurrency=4)
+        assert taken == 0
+        for count in range(1, 30):
+            next(outcomes)
+            threading.Event().wait(0.01)  # what goes on meanwhile may not go far
+            assert taken <= count + 5 * 4 + 1
+        outcomes.close()
+        assert taken <= 60
+
+
+def test_in_order_what_has_finished_waits_but_not_without_end(client_of: Clients) -> None:
+    never, echo = threading.Event(), Echo(lambda number: never.wait(30) if number == 0 else None)
+    with Host(echo) as host:
+        outcomes = iterate(client_of(host.url), numbered(1_000), concurrency=4)
+        with ThreadPoolExecutor(1) as executor:
+            if isinstance(client_of.kind, str) and client_of.kind == "sync":
+                first = executor.submit(next, outcomes)
+                settles(lambda: echo.begun >= 4 * 4)
+                threading.Event().wait(0.2)
+                assert 4 <= echo.begun <= 5 * 4 + 1
+                never.set()
+                assert printed([first.result()]) == [(0, "0\n")]
+            else:
+                threading.Timer(0.5, never.set).start()
+                assert printed([next(outcomes)]) == [(0, "0\n")]
+                assert echo.begun <= 6 * 4 + 1
+        outcomes.close()
+
+
+def test_one_failure_does_not_stop_the_rest(client_of: Clients, clock: Clock) -> None:
+    ends: dict[int, list[Any]] = {
+        3: [failing("500 Internal Server Error", "start runsc: no")],
+        5: [Do.FIN],
+        7: [failing("408 Request Timeout", "execution timed out after 1ms")],
+        9: [answer("<html>")],
+        11: [Do.RST],
+    }
+    with Host(lambda request: ends.get(int(request.json["cmd"][1]), [RAN])) as host:
+        outcomes = {request.tag: got for request, got in iterate(client_of(host.url), numbered(30), concurrency=3)}
+    kinds = {
+        3: BoxerAPIError,
+        5: BoxerConnectionError,
+        7: BoxerTimeoutError,
+        9: BoxerAPIError,
+        11: BoxerConnectionError,
+    }
+    assert {number: type(got) for number, got in outcomes.items() if got != RESULT} == kinds
+    assert list(outcomes) == list(range(30))
+
+
+def test_a_local_file_that_cannot_be_read_is_the_error_of_its_run_alone(client_of: Clients, tmp_path: Path) -> None:
+    files: list[Any] = [{}, {"a": tmp_path / "missing"}, {}]
+    requests = [RunRequest("i", ["a"], files=each) for each in files]
+    with Host(lambda _: [RAN]) as host:
+        first, second, third = (got for _, got in iterate(client_of(host.url), requests, concurrency=1))
+    assert (first, third) == (RESULT, RESULT)
+    assert type(second) is BoxerError and "missing" in str(second)
+    assert isinstance(second.__cause__, FileNotFoundError)
+
+
+def test_what_a_file_of_the_caller_raises_is_raised_by_many_runs(client_of: Clients) -> None:
+    class Odd(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            raise OSError("the caller's own")
+
+    requests = [RunRequest("i", ["a"]), RunRequest("i", ["a"], files={"a": Odd()})]
+    with Host(lambda _: [RAN]) as host, pytest.raises(OSError, match="the caller's own"):
+        list(iterate(client_of(host.url), requests, concurrency=1))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
+def test_what_the_source_raises_is_raised_after_what_had_finished(client_of: Clients, ordered: bool) -> None:
+    def source() -> Iterator[RunRequest]:
+        yield from numbered(5)
+        settles(lambda: echo.begun == 5 and not echo.live)
+        threading.Event().wait(0.2)
+        raise LookupError("the end")
+
+    echo, came = Echo(), []
+    with Host(echo) as host:
+        client = client_of(host.url)
+        with pytest.raises(LookupError, match="the end"):  # noqa: PT012 - what came before it counts
+            for request, _ in iterate(client, source(), concurrency=2, ordered=ordered):
+                came.append(request.tag)
+        assert client.run("i", ["echo", "9"]).stdout == "9\n"
+    assert sorted(came) == [0, 1, 2, 3, 4] or client_of.kind == "async"  # there, a source that blocks blocks the loop
+
+
+@pytest.mark.parametrize("source", [[1], ["true"], [None], [RunRequest], 5, None], ids=repr)
+def test_a_source_of_something_else_is_a_type_error(client_of: Clients, source: Any) -> None:
+    with Peer([]) as peer, pytest.raises(TypeError):
+        list(iterate(client_of(peer.url), source))
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "8", None, True], ids=repr)
+def test_a_concurrency_that_is_none_is_refused(client_of: Clients, concurrency: Any) -> None:
+    with Peer([]) as peer, pytest.raises((BoxerValidationError, TypeError)):
+        list(iterate(client_of(peer.url), numbered(1), concurrency=concurrency))
+
+
+def test_no_requests_are_no_outcomes(client_of: Clients) -> None:
+    with Peer([]) as peer:
+        assert list(iterate(client_of(peer.url), [])) == []
+
+
+def test_a_closed_client_runs_nothing(client_of: Clients) -> None:
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        client.close()
+        with pytest.raises(RuntimeError):
+            list(iterate(client, numbered(3)))
+
+
+def test_where_no_connection_can_be_made_that_is_raised_once(client_of: Clients, clock: Clock) -> None:
+    taken = 0
+
+    def source() -> Iterator[RunRequest]:
+        nonlocal taken
+        for request in numbered(100_000):
+            taken += 1
+            yield request
+
+    with pytest.raises(BoxerConnectionError) as caught:
+        list(iterate(client_of(refused_url()), source(), concurrency=4))
+    assert not caught.value.request_sent and taken <= 6 * 4
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
+def test_where_a_server_goes_away_what_had_finished_comes_first(
+    client_of: Clients, clock: Clock, ordered: bool
+) -> None:
+    came = []
+    with vanishing(RAN, RAN, RAN) as url, pytest.raises(BoxerConnectionError):  # noqa: PT012 - what came before it counts
+        for request, got in iterate(client_of(url), numbered(1_000), concurrency=1, ordered=ordered):
+            came.append((request.tag, got == RESULT or is_expected(got, lost())))
+    assert came[:3] == [(0, True), (1, True), (2, True)] and len(came) <= 4
+
+
+@in_a_sandbox
+@of_the_stand_in
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
+def test_leaving_the_loop_early_kills_the_runs_that_are_under_way(client_of: Clients, ordered: bool) -> None:
+    requests = [RunRequest(PYTHON, ["sleep", "0" if number == 0 else "60"]) for number in range(100)]
+    with own_server() as server:
+        client = client_of(server.url)
+        outcomes = iterate(client, requests, concurrency=4, ordered=ordered)
+        assert next(outcomes)[1].ok
+        assert server.wait_for(lambda: len(server.runs_live) >= 3)
+        outcomes.close()
+        assert server.wait_for(lambda: not server.runs_live) and server.runs_killed >= 3
+        assert server.runs <= 6 and client.health()
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_leaving_an_asynchronous_loop_early_kills_the_runs_that_are_under_way() -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(stand_in.url) as client:
+            requests = (RunRequest(PYTHON, ["sleep", "0" if number == 0 else "60"]) for number in range(100))
+            async for _, result in client.run_many(requests, concurrency=4):
+                assert isinstance(result, RunResult)
+                await asyncio.get_running_loop().run_in_executor(
+                    None, stand_in.wait_for, lambda: len(stand_in.runs_live) >= 3
+                )
+                break
+            await asyncio.get_running_loop().run_in_executor(None, stand_in.wait_for, lambda: not stand_in.runs_live)
+            assert not stand_in.runs_live and stand_in.runs_killed >= 3
+
+    with own_server() as stand_in:
+        asyncio.run(main())
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_a_task_that_is_cancelled_in_many_runs_kills_them() -> None:
+    async def consume(client: AsyncBoxerClient) -> None:
+        async for _ in client.run_many(RunRequest(PYTHON, ["sleep", "60"]) for _ in range(100)):
+            pass
+
+    async def main() -> None:
+        async with AsyncBoxerClient(stand_in.url) as client:
+            with pytest.raises(asyncio.CancelledError):
+                await break_off(
+                    "cancel", consume(client), lambda: stand_in.wait_for(lambda: len(stand_in.runs_live) == 8)
+                )
+            await asyncio.get_running_loop().run_in_executor(None, stand_in.wait_for, lambda: not stand_in.runs_live)
+            assert (len(stand_in.runs_live), stand_in.runs) == (0, 8) and await client.health()
+
+    with own_server() as stand_in:
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("what", ["many runs", "files of a run"])
+def test_many_calls_at_once_take_no_lock_that_an_interrupt_would_leave_taken(what: str) -> None:
+    """`Condition.__enter__` is written in Python: an interrupt as it returns leaves its lock taken for ever."""
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        if event == "return" and frame.f_code is threading.Condition.__enter__.__code__:
+            names = []
+            while frame is not None:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            if "start" not in names[:4]:  # to start a thread takes such a lock, in any program
+                raise KeyboardInterrupt
+
+    def call() -> int:
+        sys.setprofile(interrupt)
+        try:
+            if what == "many runs":
+                return len(list(client.run_many(numbered(20), concurrency=4)))
+            return client.run("image", ["true"], files={str(number): b"" for number in range(20)}).exit_code + 20
+        finally:
+            sys.setprofile(None)
+
+    answers = {"POST /run": RAN, "POST /files": STORED}
+    with Host(lambda request: [answers[request.line.rpartition(" ")[0]]]) as host, BoxerClient(host.url) as client:
+        assert in_time(call) == 20
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_an_interrupt_in_many_runs_kills_them(interrupts: Interrupts) -> None:
+    with own_server() as server, BoxerClient(server.url) as client:
+        is_over = threading.Event()
+        with ThreadPoolExecutor(1) as executor:
+
+            def interrupt() -> bool:
+                return server.wait_for(lambda: len(server.runs_live) == 8) and interrupts(is_over)
+
+            interrupted = executor.submit(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(client.run_many(RunRequest(PYTHON, ["sleep", "60"]) for _ in range(100)))
+            is_over.set()
+            assert interrupted.result()
+        assert server.wait_for(lambda: not server.runs_live) and server.runs == 8
+        assert client.health()
+
+
+def test_an_asynchronous_source_is_taken_from_lazily_and_while_runs_go_on() -> None:
+    async def source() -> Any:
+        for request in numbered(50):
+            await asyncio.sleep(0.001)
+            yield request
+
+    async def main() -> list[tuple[int, str]]:
+        async with AsyncBoxerClient(host.url) as client:
+            return printed([pair async for pair in client.run_many(source(), concurrency=4)])
+
+    with Host(Echo()) as host:
+        assert asyncio.run(main()) == [(number, f"{number}\n") for number in range(50)]
+
+
+def test_an_asynchronous_source_that_waits_for_results_gets_them() -> None:
+    async def main() -> list[int]:
+        seen, came = asyncio.Event(), []
+
+        async def source() -> Any:
+            first, *rest = numbered(5)
+            yield first
+            await asyncio.wait_for(seen.wait(), 10)
+            for request in rest:
+                yield request
+
+        async with AsyncBoxerClient(host.url) as client:
+            async for request, _ in client.run_many(source()):
+                came.append(request.tag)
+                seen.set()
+        return came
+
+    with Host(Echo()) as host:
+        assert asyncio.run(main()) == [0, 1, 2, 3, 4]
+
+
+def test_requests_and_results_that_are_done_with_are_let_go(client_of: Clients) -> None:
+    import weakref
+
+    alive: Any = weakref.WeakSet()
+
+    def source() -> Iterator[RunRequest]:
+        for request in numbered(400):
+            alive.add(request)
+            yield request
+
+    most = 0
+    with Host(Echo()) as host:
+        for request, result in iterate(client_of(host.url), source(), concurrency=4):
+            most = max(most, len(alive))
+            del request, result
+    assert most <= 8 * 4
+
+
+@in_a_sandbox
+@of_the_stand_in
+def test_many_runs_may_have_inputs_files_and_outputs_and_leave_nothing(client_of: Clients) -> None:
+    code = "import sys; open('/output/r', 'w').write(open('n').read() + sys.stdin.read())"
+    requests = [
+        RunRequest(
+            PYTHON, ["python3", "-c", code], files={"n": str(number), "m": b""}, input=f" {number}", outputs=["r"]
+        )
+        for number in range(12)
+    ]
+    with own_server(race=1 / 3) as server:
+        outcomes = list(iterate(client_of(server.url), requests, concurrency=4))
+        assert [getattr(got, "outputs", got) for _, got in outcomes] == [{"r": f"{n} {n}".encode()} for n in range(12)]
+        assert server.store.uploads() == []
+
+
+def test_ten_thousand_runs_at_once_are_first_come_first_served() -> None:
+    async def main() -> None:
+        async with AsyncBoxerClient(host.url, max_connections=1) as client:
+            results = await asyncio.gather(*(client.run("i", ["echo", str(number)]) for number in range(10_000)))
+        assert [result.stdout for result in results] == [f"{number}\n" for number in range(10_000)]
+
+    with Host(Echo()) as host:
+        asyncio.run(main())
+    assert [int(request.json["cmd"][1]) for request in host.seen] == list(range(10_000))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both clients: requests and results as things: send, tag, pickles
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    {"env": {"A": "b", "C": "é"}, "cwd": "/x", "network": "none", "persist": True},
+    {"env": ["A=b"], "limits": {"wall_clock_secs": 5}, "files": ["a", "b"]},
+    {"limits": ResourceLimits(memory_mb=64), "input": "typed in"},
+    {"outputs": ["a"], "files": {"x": b"y", "d/e": "f"}},
+    {"input": b"\0", "outputs": True},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=repr)
+def test_what_send_sends_is_what_run_sends(client_of: Clients, arguments: dict[str, Any]) -> None:
+    sent = []
+    for method in ("run", "send"):
+        with Host(Kept({"a": b"x"})) as host:
+            client = client_of(host.url)
+            if method == "run":
+                result = client.run("image", ["prog", "arg"], **arguments)
+            else:
+                result = client.send(RunRequest("image", ["prog", "arg"], tag=object(), **arguments))
+        random = r"boxer-[0-9a-f-]{8,}|BOUNDARY|boundary=[^\r\n]+|--[0-9a-zA-Z]{16,}|Host: [^\r]*"
+        bodies = [  # the files of a removal are in the order in which their uploads came to an end
+            repr({**request.json, "files": sorted(request.json.get("files", []))}) if "/run" in request.line
+            else request.body.decode("latin-1") for request in host.seen
+        ]  # fmt: skip
+        requests = [request.head.decode() + body for request, body in zip(host.seen, bodies)]
+        sent.append((sorted(re.sub(random, "<random>", request) for request in requests), result))
+    assert sent[0] == sent[1]
+
+
+def test_send_takes_a_request_alone(client_of: Clients) -> None:
+    with Peer([]) as peer:
+        for wrong in (None, "image", {"image": "i", "cmd": ["c"]}):
+            with pytest.raises(TypeError):
+                client_of(peer.url).send(wrong)
+
+
+def test_send_takes_a_timeout_and_retries(client_of: Clients, clock: Clock) -> None:
+    busy = answer("", "503 Service Unavailable")
+    with Host(lambda _: [busy]) as host:
+        got = outcome(client_of(host.url), ("send", (RunRequest("i", ["c"]),), {}), retries=1, timeout=30)
+        assert is_expected(got, refusal(503)) and len(host.seen) == 2
+
+
+def test_a_tag_takes_part_in_nothing(client_of: Clients) -> None:
+    one, other = (RunRequest("i", ["c"], tag=tag) for tag in (["unhashable"], "s3cret"))
+    assert one == other and hash(one) == hash(other) and "s3cret" not in repr(other)
+    assert other.tag == "s3cret" and one != RunRequest("i", ["d"])
+    with Peer.answering(RAN) as peer:
+        assert client_of(peer.url).send(other) == RESULT
+    assert b"s3cret" not in peer.request.head + peer.request.body
+
+
+def test_requests_are_frozen_hashable_and_say_what_is_wrong_when_made() -> None:
+    request = RunRequest("i", ["c"], files={"a": b""}, input="x", outputs=["a"], limits={"nofile": 5}, env={"A": "b"})
+    assert hash(request) == hash(dataclasses.replace(request))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.image = "other"  # type: ignore[misc]
+    for wrong in (
+        {"files": {"..": b""}},
+        {"outputs": ["../x"]},
+        {"input": "x", "env": {"a.b": "c"}},
+        {"input": "\ud800"},
+    ):
+        with pytest.raises(BoxerValidationError):
+            RunRequest("i", ["c"], **wrong)
+
+
+def test_a_request_keeps_its_own_copy_of_what_it_was_given() -> None:
+    files, outputs, cmd = {"a": b""}, ["a"], ["c"]
+    request = RunRequest("i", cmd, files=files, outputs=outputs)
+    files["b"], outputs[:], cmd[:] = b"", ["z"], ["z"]
+    assert (list(request.files or ()), list(request.outputs), list(request.cmd)) == (["a"], ["a"], ["c"])  # type: ignore[arg-type]
+
+
+def test_a_result_has_its_outputs_last_and_is_made_as_before() -> None:
+    result = RunResult("boxer-1", 0, "", "", 7)
+    assert (result.outputs, RunResult("boxer-1", 0, "", "", 7, {"a": b"x"}).outputs) == ({}, {"a": b"x"})
+    assert [field.name for field in dataclasses.fields(RunResult)][-1] == "outputs"
+    assert result.outputs is not RunResult("boxer-1", 0, "", "", 7).outputs
+    assert result.output_path("/output/a/b") == result.output_path("a/b") == "output/boxer-1/a/b"
+
+
+def test_requests_results_and_errors_pickle_small() -> None:
+    result = RunResult("boxer-1", 3, "", "", 7, {"a": b"x"})
+    request = RunRequest("i", ["c"], files={"a": b"b", "p": Path("p")}, input="x", outputs=True, tag={"n": 1})
+    error = BoxerAPIError("no", 404)
+    error.result = result
+    for thing in (result, request, error, BoxerExitError(result)):
+        for copied in (pickle.loads(pickle.dumps(thing)), copy.copy(thing), copy.deepcopy(thing)):
+            assert type(copied) is type(thing) and vars(copied) == vars(thing) and str(copied) == str(thing)
+        assert len(pickle.dumps(thing)) < 700
+    assert pickle.loads(pickle.dumps(request)).tag == {"n": 1}
+
+
+def test_copies_of_a_client_in_one_process_share_its_connections_and_need_no_closing(client_of: Clients) -> None:
+    with Host(lambda _: [RAN]) as host:
+        client = client_of(host.url)
+        real = client.client if isinstance(client, PlainCalls) else client
+        assert client.run("i", ["c"]) == RESULT
+        for _ in range(5):
+            method = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(real.send))))
+            assert len(pickle.dumps(real.send)) < 700
+            sent = method(RunRequest("i", ["c"]))
+            assert (client.loop.run_until_complete(sent) if isinstance(client, PlainCalls) else sent) == RESULT
+            del method, sent
+            gc.collect()  # a ResourceWarning would be an error
+        assert client.run("i", ["c"]) == RESULT
+        client_of.take(pickle.loads(pickle.dumps(real)))  # which closes the connection of them all
+    assert host.connections <= 2  # one of the client's own, perhaps
+
+
+def test_a_copy_of_a_client_that_was_closed_is_closed(client_of: Clients) -> None:
+    with Host(lambda _: [WELL]) as host:
+        client = client_of(host.url)
+        real = client.client if isinstance(client, PlainCalls) else client
+        copied = client_of.take(pickle.loads(pickle.dumps(real)))
+        assert copied.health()
+        client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            copied.health()
+
+
+def test_few_clients_that_came_as_pickles_are_kept(client_of: Clients) -> None:
+    def ask(pickled: bytes) -> bool:
+        """Use a client without closing it, as a worker does."""
+        client = pickle.loads(pickled)
+        asked = client.health()
+        return bool(asked) if client_of.kind == "sync" else client_of.loop.run_until_complete(asked)
+
+    with Host(lambda _: [WELL]) as host:
+        pickles = []
+        for _ in range(20):
+            client = client_of.cls(host.url)
+            pickles.append(pickle.dumps(client))
+            client_of.take(client).close()
+        del client
+        gc.collect()
+        assert all(ask(pickled) for pickled in [*pickles, *pickles[-8:]])
+        gc.collect()
+        assert host.connections == 20
+        for pickled in pickles[-8:]:
+            client_of.take(pickle.loads(pickled)).close()  # a copy that is closed closes what is idle
+
+
+PROCESSES = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from boxer import BoxerClient, RunRequest
+
+if __name__ == "__main__":
+    requests = [RunRequest("image", ["echo", str(number)], tag=number) for number in range(40)]
+    with BoxerClient(sys.argv[1]) as client, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        print(sum(int(result.stdout) for result in executor.map(client.send, requests)))
+"""
+
+
+def test_a_pool_of_processes_can_send_requests(tmp_path: Path) -> None:
+    with Host(Echo()) as host:
+        assert program_beside_boxer(tmp_path, PROCESSES, host.url) == f"{sum(range(40))}\n"
+    assert host.connections <= 2 + 1  # each process keeps its connection
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sync client: urllib's handlers, and the threads of a folder's upload
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -11572,1906 +13467,6 @@ def test_a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_
     assert up < 5 * MIB  # what is read at a time, and some
     # Of what is received, an eighth of room to grow is asked for, most of which the system never gives.
     assert down < (64 / 8 + 3) * MIB
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers (for the section "Helpers, and how to add a test")
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def own_server(**settings: Any) -> StandIn:
-    """A server whose store a test can look into."""
-    return StandIn(sandbox=SANDBOX, **settings)
-
-
-def iterate(client: Any, requests: Any, **settings: Any) -> Generator[tuple[RunRequest, Any], None, None]:
-    """Iterate over `run_many` of either client as one does without asyncio; closing this one leaves the loop early."""
-    if not isinstance(client, PlainCalls):
-        yield from client.run_many(requests, **settings)
-        return
-
-    async def begin() -> Any:
-        return client.client.run_many(requests, **settings)
-
-    outcomes = client.loop.run_until_complete(begin())
-    try:
-        while True:
-            try:
-                outcome = client.loop.run_until_complete(outcomes.__anext__())
-            except StopAsyncIteration:
-                return
-            yield outcome
-    finally:
-        client.loop.run_until_complete(outcomes.aclose())
-
-
-SECRET = "s3" + "cret"  # not as it would stand in a traceback's line of source
-
-
-def numbered(count: int) -> Iterator[RunRequest]:
-    return (RunRequest("image", ["echo", str(number)], tag=number) for number in range(count))
-
-
-class Kept:
-    """Answers as a server would that keeps these outputs of a run, and this list of them; a function for a Host.
-
-    listing, and each of `outputs`: bytes, or steps of a Host. Without a listing it has what `outputs` names.
-    """
-
-    def __init__(self, outputs: Mapping[str, Any], listing: Any = None) -> None:
-        self.outputs = outputs
-        self.listing = b"".join(b"./%b\0" % name.encode() for name in outputs) if listing is None else listing
-        self.name = ""  # that the client has given to the list
-        self.asked: list[str] = []  # the paths of outputs
-
-    def __call__(self, request: Received) -> list[Any]:
-        if request.line.startswith("POST /run"):
-            match = re.search(r"! -name ([^ ]+) -print0 >\1;", " ".join(request.json["cmd"]))
-            self.name = match[1] if match else self.name
-            return [RAN]
-        if request.line.startswith("POST"):
-            return [STORED]
-        target = urllib.parse.urlsplit(request.line.split()[1])
-        path = urllib.parse.parse_qs(target.query, errors="surrogateescape")["path"][0]
-        self.asked.append(path)
-        prefix = f"output/{RUN['exec_id']}/"
-        assert path.startswith(prefix), path
-        content = self.listing if path == prefix + self.name else self.outputs.get(path[len(prefix) :])
-        if content is None:
-            return [failing("404 Not Found", "file not found")]
-        return [answer(content)] if isinstance(content, bytes) else content
-
-
-ALL_OUTPUTS = {"image": "image", "cmd": ["true"], "outputs": True}
-NOT_A_FILE = [answer("", "301 Moved Permanently", Location="files/?path=x")]
-GIB = 1 << 30
-
-
-def endless(size: int) -> list[Any]:
-    """Steps of a host: an answer with so many zeros, for as long as they are taken."""
-    head = raw(f"Content-Length: {size}")
-    return [head, *[bytes(MIB)] * (size // MIB)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs with files of their own
-# ---------------------------------------------------------------------------------------------------------------------
-
-SHOW = b"""
-import os
-for folder, _, names in sorted(os.walk(".")):
-    for name in sorted(names):
-        if name != "main.py":
-            print(os.path.join(folder, name)[2:], open(os.path.join(folder, name), "rb").read())
-print(os.getcwd().startswith("/boxer-"))
-"""
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_a_mapping_of_files_is_the_working_directory_of_a_run_and_gone_afterwards(
-    client_of: Clients, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "b.bin").write_bytes(b"\0\xff")
-    with own_server() as server, open(tmp_path / "b.bin", "rb") as file:
-        files = {
-            "main.py": SHOW,
-            "text.txt": "é",
-            "deep/er/data": memoryview(b"abc"),
-            "file.bin": file,
-            "copy": tmp_path / "b.bin",
-            "proj": folder,
-            "unseekable": Unseekable(b"once"),
-        }
-        result = client_of(server.url).run(PYTHON, ["python3", "main.py"], files=files, check=True)
-        assert (server.store.uploads(), server.store.outputs(), server.runs) == ([], [], 1)
-    tree = {f"proj/{name}": (folder / name).read_bytes() for name in IN_ORDER_OF_PATHS}
-    tree.update({"text.txt": "é".encode(), "deep/er/data": b"abc", "file.bin": b"\0\xff", "copy": b"\0\xff"})
-    tree["unseekable"] = b"once"
-    assert sorted(result.stdout.splitlines()) == sorted(["True", *(f"{name} {tree[name]!r}" for name in tree)])
-
-
-@in_a_sandbox
-def test_a_run_with_files_keeps_the_working_directory_that_is_given(client_of: Clients, server: Any) -> None:
-    result = client_of(server.url).run(PYTHON, ["pwd"], files={"a": b""}, cwd="/elsewhere")
-    assert result.stdout == "/elsewhere\n"
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_runs_at_once_with_the_same_names_never_mix(client_of: Clients) -> None:
-    calls: list[Any] = [
-        ("run", (PYTHON, ["cat", "a/b", "-"]), {"files": {"a/b": f"{number} "}, "input": f"{number}"})
-        for number in range(8)
-    ]
-    with own_server(race=1 / 3) as server:
-        results = gather(client_of(server.url), calls)
-        assert [getattr(result, "stdout", result) for result in results] == [f"{n} {n}" for n in range(8)]
-        assert server.store.uploads() == []
-
-
-# Each row: names in `files`, none of which can be.
-BAD_NAMES: list[list[Any]] = [
-    [""], ["/a"], ["a/"], ["a//b"], ["."], [".."], ["./a"], ["a/../b"], ["a/.."], ["a\0b"], ["a\ud800"],
-    ["a", "a/b"], ["a/b/c", "a/b"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("names", BAD_NAMES, ids=ascii)
-def test_a_name_in_files_that_cannot_be_is_refused_before_anything_is_sent(
-    client_of: Clients, names: list[str]
-) -> None:
-    with Peer([]) as peer, pytest.raises(BoxerValidationError):
-        client_of(peer.url).run("image", ["true"], files=dict.fromkeys(names, b"s3cret"))
-
-
-@pytest.mark.parametrize("content", [1, None, io.StringIO("text"), ["list"]], ids=repr)
-def test_content_in_files_of_a_wrong_type_is_a_type_error_before_anything_is_sent(
-    client_of: Clients, content: Any
-) -> None:
-    with Peer([]) as peer, pytest.raises(TypeError):
-        client_of(peer.url).run("image", ["true"], files={"fine": b"", "a": content})
-
-
-def test_what_is_not_a_file_of_a_folder_in_files_is_refused_before_anything_is_sent(
-    client_of: Clients, folder: Path
-) -> None:
-    (folder / "a" / "link").symlink_to("/etc/passwd")
-    with Peer([]) as peer:
-        client = client_of(peer.url)
-        with pytest.raises(BoxerValidationError, match="leaves the folder"):
-            client.run("image", ["true"], files={"fine": b"", "p": folder})
-        with pytest.raises(FileNotFoundError):
-            client.run("image", ["true"], files={"fine": b"", "p": folder / "missing"})
-
-
-def test_a_name_that_a_folder_in_files_has_too_is_refused_before_anything_is_sent(
-    client_of: Clients, folder: Path
-) -> None:
-    for name in ("p/a.txt", "p/a", "p/a.txt/below"):
-        with Peer([]) as peer, pytest.raises(BoxerValidationError):
-            client_of(peer.url).run("image", ["true"], files={"p": folder, name: b""})
-
-
-@pytest.mark.parametrize("nothing", [{}, (), None], ids=repr)
-def test_no_files_no_input_and_no_outputs_are_a_run_as_ever(client_of: Clients, nothing: Any) -> None:
-    with Peer.answering(RAN, RAN) as peer:
-        client = client_of(peer.url)
-        assert client.run("image", ["true"], files=nothing, input=None, outputs=nothing or None) == RESULT
-        assert client.run("image", ["true"]) == RESULT
-    assert peer.requests[0][0] == peer.requests[0][1]
-
-
-def runs_of(host: Host) -> list[dict[str, Any]]:
-    return [request.json for request in host.seen if request.line.startswith("POST /run")]
-
-
-def uploaded_to(host: Host) -> set[str]:
-    parts = [request.content for request in host.seen if request.line.startswith("POST /files")]
-    return {re.search(rb'name="path"\r\n\r\n(.*?)\r\n', part)[1].decode() for part in parts}  # type: ignore[index]
-
-
-def test_a_run_names_its_files_then_their_folders_deepest_first(client_of: Clients) -> None:
-    with Host(Kept({})) as host:
-        files = {"main.py": b"", "a/b/c": b"", "a/d": b"", "e": "x"}
-        client_of(host.url).run("image", ["true"], files=files)
-    [run] = runs_of(host)
-    top = run["cwd"][1:]
-    assert re.fullmatch("boxer-[0-9a-f-]{12,}", top)
-    assert set(run["files"][:4]) == uploaded_to(host) == {f"{top}/{name}" for name in files}
-    assert run["files"][4:] == [f"{top}/a/b", f"{top}/a", top]
-
-
-@pytest.mark.parametrize(("count", "is_alone"), [(199, False), (200, True)])
-def test_more_than_200_paths_are_named_by_their_folder_alone_and_then_removed(
-    client_of: Clients, count: int, is_alone: bool
-) -> None:
-    with Host(Kept({})) as host:
-        client_of(host.url).run("image", ["prog"], files={str(number): b"" for number in range(count)})
-    run, *removals = runs_of(host)
-    top = run["cwd"][1:]
-    assert (run["files"] == [top], len(run["files"]) <= 200) == (is_alone, True)
-    assert len(removals) == is_alone
-    for removal in removals:
-        assert (removal["image"], removal["cmd"], removal.get("persist", False)) == ("image", ["true"], False)
-        assert (set(removal["files"][:-1]), removal["files"][-1]) == (uploaded_to(host), top)
-
-
-# Each row: its name, the arguments of a run, and the error that it comes to.
-LEAVINGS: list[tuple[str, dict[str, Any], Any]] = [
-    ("a result", {"cmd": ["true"]}, None),
-    ("an exit code", {"cmd": ["sh", "-c", "exit 3"]}, None),
-    ("a missing program", {"cmd": ["no-such-program"]}, None),
-    ("a signal", {"cmd": ["sh", "-c", "kill -9 $$"]}, None),
-    ("a time limit", {"cmd": ["sleep", "20"], "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
-    ("an output limit", {"cmd": ["python3", "-c", "print('x' * 65536)"]}, BoxerOutputLimitError),
-    ("too many files", {"cmd": ["true"], "files": {f"a/{number}": b"" for number in range(300)}}, None),
-    ("a checked exit code", {"cmd": ["false"], "check": True}, BoxerExitError),
-    ("persist", {"cmd": ["true"], "persist": True}, None),
-    ("outputs", {"cmd": ["touch", "/output/x"], "outputs": ["x"]}, None),
-    ("all outputs", {"cmd": ["touch", "/output/x"], "outputs": True}, None),
-    ("outputs and a time limit",
-     {"cmd": ["sleep", "20"], "outputs": True, "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
-    ("a folder as output", {"cmd": ["mkdir", "/output/x"], "outputs": ["x"]}, BoxerAPIError),
-    ("short input", {"cmd": ["cat"], "input": "x"}, None),
-    ("long input", {"cmd": ["wc"], "input": "x\n" * 50_000}, None),
-    ("binary input", {"cmd": ["wc"], "input": b"\0", "files": {}}, None),
-    ("long input and a time limit",
-     {"cmd": ["sleep", "20"], "input": b"\0", "files": {}, "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
-    ("a folder that cannot be made",
-     {"cmd": ["true"], "files": {"a": b""}, "cwd": "/tmp/new"}, None),
-]  # fmt: skip
-
-
-@in_a_sandbox
-@of_the_stand_in
-@pytest.mark.parametrize(("arguments", "error"), [row[1:] for row in LEAVINGS], ids=[row[0] for row in LEAVINGS])
-def test_nothing_of_a_run_s_own_files_is_left_after(client_of: Clients, arguments: dict[str, Any], error: Any) -> None:
-    arguments = {"files": {"main.py": b"", "a/b/c": "text"}, **arguments}
-    with own_server(race=1 / 3, output_limit=65536) as server:
-        with pytest.raises(error) if error else contextlib.nullcontext():
-            client_of(server.url).run(PYTHON, **arguments)
-        assert server.store.uploads() == []
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_files_that_were_uploaded_before_stay_where_outputs_are_wanted(client_of: Clients) -> None:
-    with own_server() as server:
-        client = client_of(server.url)
-        client.upload_file("w/a", b"")
-        client.run(PYTHON, ["true"], files=["w/a"], outputs=True)
-        client.run(PYTHON, ["true"], files=["w/a"], input=b"\0", persist=True)
-        assert server.store.uploads() == ["w/", "w/a"]
-        client.run(PYTHON, ["true"], files=["w/a", "w"], input="short")
-        assert server.store.uploads() == []
-
-
-# What becomes of the run that removes: none of it changes the result.
-REMOVALS: dict[str, list[Any]] = {
-    "fails": [failing("500 Internal Server Error", "start runsc: no")],
-    "finds nothing": [failing("400 Bad Request", "file not found: x")],
-    "is lost": [Do.FIN],
-    "is reset": [Do.RST],
-    "is nonsense": [answer("<html>", "502 Bad Gateway")],
-}
-
-
-@pytest.mark.parametrize("removal", REMOVALS.values(), ids=REMOVALS)
-@pytest.mark.parametrize("first", [RAN, failing("408 Request Timeout", "execution timed out after 1000ms")])
-def test_what_becomes_of_the_removal_does_not_change_what_becomes_of_the_call(
-    client_of: Clients, first: bytes, removal: list[Any], clock: Clock
-) -> None:
-    def respond(request: Received) -> list[Any]:
-        if "/files" in request.line:
-            return [STORED]
-        return removal if request.json["cmd"] == ["true"] else [first]
-
-    with Host(respond) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"files": {"a": b""}, "persist": True}))
-    assert got == RESULT or (type(got) is BoxerTimeoutError and got.status_code == 408 and first is not RAN)
-    assert [run["cmd"] for run in runs_of(host)][:2] == [["prog"], ["true"]]
-
-
-def test_after_a_lost_connection_nothing_is_removed(client_of: Clients) -> None:
-    with Host(lambda request: [STORED] if "/files" in request.line else [Do.FIN]) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"files": {"a": b""}}))
-    assert is_expected(got, lost()) and len(runs_of(host)) == 1
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_after_a_run_that_was_broken_off_nothing_more_is_sent(client_of: Clients) -> None:
-    with own_server() as server:
-        call: Call = ("run", (PYTHON, ["sleep", "29"]), {"files": {"a": b""}})
-        broken_off(client_of(server.url), call, lambda: server.wait_for(lambda: server.runs_live, 60))
-        assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
-        assert [path[-1] for path in server.store.uploads()] == ["/", "a"]
-
-
-def test_where_an_upload_is_refused_the_run_is_not_sent_and_the_other_files_are_removed(client_of: Clients) -> None:
-    def respond(request: Received) -> list[Any]:
-        if "/run" in request.line:
-            return [RAN]
-        return [failing("413 Request Entity Too Large", "upload exceeds limit") if b"LARGE" in request.body else STORED]
-
-    with Host(respond) as host:
-        client, files = client_of(host.url), {"a": b"", "b": b"LARGE"}
-        assert is_expected(outcome(client, ("run", ("image", ["prog"]), {"files": files})), refusal(413))
-    named = [run["files"] for run in runs_of(host)]
-    assert all(run["cmd"] == ["true"] for run in runs_of(host))
-    stored = {path for path in uploaded_to(host) if path.endswith("/a")}
-    assert any(stored <= set(paths) and not any(path.endswith("/b") for path in paths) for paths in named) or not stored
-
-
-def test_each_upload_of_a_mapping_has_a_deadline_of_its_own(client_of: Clients) -> None:
-    def respond(request: Received) -> list[Any]:
-        if "/files" in request.line:
-            threading.Event().wait(0.25)
-        return [STORED if "/files" in request.line else RAN]
-
-    files = {str(number): b"" for number in range(40)}  # in five turns of eight
-    with Host(respond) as host:
-        assert client_of(host.url, timeout=1).run("image", ["true"], files=files) == RESULT
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs with an input
-# ---------------------------------------------------------------------------------------------------------------------
-
-DIGEST = "import hashlib, sys; d = sys.stdin.buffer.read(); print(len(d), hashlib.sha256(d).hexdigest())"
-INPUTS: dict[str, str | bytes] = {
-    "nothing": "", "a line": "1 2 3\n", "no newline": "x", "not ASCII": "é\u2028\U0001f600", "quotes": "'\"$(id)`id`\\",
-    "a flag": "-n", "a format": "%s%d\\n\\0101", "newlines": "\n\n\n", "CRLF": "a\r\nb", "64 KiB": "x" * 65536,
-    "64 KiB of quotes": "'" * 65536, "64 KiB and one": "x" * 65537, "bytes": b"text\n", "NUL": "a\0b",
-    "not UTF-8": b"\xff\xfe\0", "surrogates as bytes": b"\xed\xa0\x80", "three megabytes": "\u00e9" * 1_500_000,
-}  # fmt: skip
-
-
-def as_bytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
-@in_a_sandbox
-@pytest.mark.parametrize("text", INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("more", [{}, {"outputs": True}, {"files": {"a": b""}}], ids=["alone", "outputs", "files"])
-def test_an_input_arrives_byte_for_byte(client_of: Clients, server: Any, text: str | bytes, more: Any) -> None:
-    result = client_of(server.url).run(PYTHON, ["python3", "-c", DIGEST], input=text, **more)
-    content = as_bytes(text)
-    assert (result.stdout, result.stderr) == (f"{len(content)} {hashlib.sha256(content).hexdigest()}\n", "")
-    assert result.exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "uploads"), [("x" * 65536, 0), ("\u00e9" * 32769, 1), ("a\0b", 1), (b"\xff", 1), ("", 0)]
-)
-def test_a_short_text_travels_with_the_command_and_anything_else_in_a_file(
-    client_of: Clients, text: str | bytes, uploads: int
-) -> None:
-    with Host(Kept({})) as host:
-        assert client_of(host.url).run("image", ["prog"], input=text) == RESULT
-    assert (len(uploaded_to(host)), len(host.seen)) == (uploads, 1 + uploads)
-    [run] = runs_of(host)
-    assert run.get("files", []) == sorted(uploaded_to(host))
-
-
-# What a shell would do by itself, were it asked; compared with what is done without an input.
-SHELLS_OWN = [["echo", "a\\nb"], ["echo", "-e", "a"], ["printf", "%s\\n", "a"], ["test", "a", "=", "b"], ["true"]]
-SHELLS_OWN += [["pwd"], ["env", "printf", "x"], ["sh", "-c", "exit 9"], ["sh", "-c", "echo $0 $1", "a", "b c"]]
-
-
-@in_a_sandbox
-@pytest.mark.parametrize("cmd", SHELLS_OWN, ids=" ".join)
-@pytest.mark.parametrize("more", [{"input": "x"}, {"input": b"\0"}, {"outputs": True}, {"input": "x", "outputs": True}])
-def test_what_runs_with_an_input_or_outputs_is_what_was_asked_for(
-    client_of: Clients, server: Any, cmd: list[str], more: Any
-) -> None:
-    client = client_of(server.url)
-    plain, other = client.run(PYTHON, cmd), client.run(PYTHON, cmd, **more)
-    assert (other.exit_code, other.stdout, other.stderr) == (plain.exit_code, plain.stdout, plain.stderr)
-
-
-@in_a_sandbox
-@pytest.mark.parametrize("cmd", ["exit 9", "cd /", "no-such", "set -x", ":", "exec", "eval id"])
-@pytest.mark.parametrize("more", [{"input": "s3cret"}, {"input": b"\0"}, {"outputs": True}], ids=repr)
-def test_what_only_a_shell_has_is_no_program(client_of: Clients, server: Any, cmd: str, more: Any) -> None:
-    result = client_of(server.url).run(PYTHON, cmd.split(), **more)
-    assert (result.exit_code, result.stdout) == (127, "") and "s3cret" not in result.stderr
-
-
-@in_a_sandbox
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("more", [{"input": "x"}, {"input": b"\0"}, {"outputs": True}], ids=repr)
-def test_a_program_that_is_killed_leaves_nothing_of_a_shell_s_on_stderr(
-    client_of: Clients, server: Any, number: int, more: Any
-) -> None:
-    code = f"import os, signal, time; signal.signal({number}, signal.SIG_DFL) if {number} != 9 else 0; "
-    cmd = ["python3", "-c", f"{code} os.kill(os.getpid(), {number}); time.sleep(9)"]
-    result = client_of(server.url).run(PYTHON, cmd, **more)
-    assert (result.exit_code, result.stdout, result.stderr) == (128 + number, "", "")
-
-
-@in_a_sandbox
-@pytest.mark.parametrize("size", [10, 65536, 3_000_000])
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_a_program_ends_with_its_own_exit_code_whatever_it_reads_of_its_input(
-    client_of: Clients, server: Any, size: int, share: float
-) -> None:
-    code = f"import os, sys; n = {int(size * share)}\nwhile n > 0: n -= len(os.read(0, n))\nsys.exit('done')"
-    result = client_of(server.url).run(PYTHON, ["python3", "-c", code], input="x" * size)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "done\n")
-
-
-@in_a_sandbox
-def test_an_input_in_a_file_is_not_among_the_run_s_own_files(client_of: Clients, server: Any) -> None:
-    result = client_of(server.url).run(PYTHON, ["ls", "-A"], files={"a": b""}, input=b"\0")
-    assert result.stdout == "a\n"
-
-
-def test_a_name_in_env_that_is_no_shell_s_is_refused_where_a_shell_starts_the_program(
-    client_of: Clients, tmp_path: Path
-) -> None:
-    needs_shell: list[dict[str, Any]] = [{"input": "x"}, {"input": b"\0"}, {"outputs": True}, {"output_dir": tmp_path}]
-    for name in ("a.b", "1a", "a-b", "é"):
-        for more in needs_shell:
-            with Peer([]) as peer, pytest.raises(BoxerValidationError) as caught:
-                client_of(peer.url).run("image", ["true"], env={name: SECRET}, **more)
-            assert SECRET not in all_text(caught.value)
-        with Peer.answering(RAN) as peer:
-            assert client_of(peer.url).run("image", ["true"], env={name: "b"}) == RESULT
-
-
-@pytest.mark.parametrize("text", [1, ["x"], io.BytesIO(b"x")], ids=repr)
-def test_an_input_of_a_wrong_type_is_a_type_error(client_of: Clients, text: Any) -> None:
-    with Peer([]) as peer, pytest.raises(TypeError):
-        client_of(peer.url).run("image", ["true"], input=text)
-
-
-def test_an_input_with_a_lone_surrogate_is_refused_and_not_shown(client_of: Clients) -> None:
-    with Peer([]) as peer, pytest.raises(BoxerValidationError) as caught:
-        client_of(peer.url).run("image", ["true"], input=f"{SECRET}\ud800")
-    assert SECRET not in all_text(caught.value)
-
-
-@pytest.mark.parametrize("text", ["s3cret", b"s3cret\0"], ids=repr)
-@pytest.mark.parametrize("said", [failing("500 Internal Server Error", "start runsc: no"), b"nonsense\r\n\r\n"])
-def test_an_input_shows_up_in_no_error(client_of: Clients, text: Any, said: bytes) -> None:
-    with Frail(lambda request: [STORED] if "/files" in request.line else [said, Do.FIN]) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"input": text}), retries=0)
-    assert isinstance(got, BoxerError) and "s3cret" not in all_text(got)
-    assert "s3cret" not in repr(RunRequest("image", ["prog"], input=text, files={"a": text}, env={"A": "s3cret"}))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs with outputs
-# ---------------------------------------------------------------------------------------------------------------------
-
-WRITE = """
-import os, sys
-os.makedirs("/output/a/b"); os.makedirs("/output/empty")
-for name in (b"result.json", b"a/b/deep", "na me+%41 \\u00e9\\n.txt".encode(), b".hidden", b"-rf"):
-    open(b"/output/" + name, "wb").write(name)
-open(b"/output/not \\xff UTF-8", "w"); os.symlink("/etc/passwd", "/output/link"); os.symlink("a", "/output/c")
-os.mkfifo("/output/fifo")
-print("out"); print("err", file=sys.stderr); sys.exit(3)
-"""
-WRITTEN = {name: name.encode() for name in ("result.json", "a/b/deep", "na me+%41 é\n.txt", ".hidden", "-rf")}
-
-
-@in_a_sandbox
-def test_outputs_are_those_that_were_asked_for_and_written(client_of: Clients, server: Any) -> None:
-    names = ["a/b/deep", "missing", "result.json", "na me+%41 é\n.txt"]
-    result = client_of(server.url).run(PYTHON, ["python3", "-c", WRITE], outputs=names)
-    assert list(result.outputs.items()) == [(name, WRITTEN[name]) for name in names if name != "missing"]
-    assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "err\n")
-
-
-@in_a_sandbox
-def test_all_outputs_are_all_files_that_were_written(
-    client_of: Clients, server: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    result = client_of(server.url).run(PYTHON, ["python3", "-c", WRITE], outputs=True)
-    assert result.outputs == WRITTEN
-    assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "err\n")
-    assert [record.levelname for record in caplog.records if "UTF-8" in record.getMessage()] == ["WARNING"]
-
-
-@in_a_sandbox
-def test_all_outputs_go_into_a_local_folder(client_of: Clients, server: Any, tmp_path: Path) -> None:
-    targets: list[Any] = [tmp_path / "made" / "anew", str(tmp_path / "made")]
-    for number, target in enumerate(targets):
-        cmd = ["python3", "-c", WRITE]
-        result = client_of(server.url).run(PYTHON, cmd, output_dir=target, input="typed in")
-        assert result.exit_code == 3
-        assert {str(path.relative_to(target)): path.read_bytes() for path in sorted(Path(target).rglob("*"))
-                if path.is_file() and (number == 0 or "anew" not in path.parts)} == WRITTEN  # fmt: skip
-
-
-@in_a_sandbox
-def test_a_program_that_writes_nothing_has_no_outputs(client_of: Clients, server: Any, tmp_path: Path) -> None:
-    client = client_of(server.url)
-    assert client.run(PYTHON, ["true"], outputs=True).outputs == {}
-    assert client.run(PYTHON, ["true"], outputs=["a"]).outputs == {}
-    assert client.run(PYTHON, ["true"], output_dir=tmp_path / "x").ok
-    assert client.run(PYTHON, ["true"]).outputs == {}
-
-
-@pytest.mark.parametrize("what", ["../x", "/etc/x", "", ".", "a/../b", "x\0", "a\ud800", "/output/../x"], ids=ascii)
-def test_the_name_of_an_output_that_cannot_be_is_refused_before_anything_is_sent(client_of: Clients, what: str) -> None:
-    with Peer([]) as peer, pytest.raises(BoxerValidationError):
-        client_of(peer.url).run("image", ["true"], outputs=["fine", what])
-
-
-@pytest.mark.parametrize("what", ["x", b"x", 1, [1], [b"x"]], ids=repr)
-def test_outputs_of_a_wrong_kind_are_refused(client_of: Clients, what: Any) -> None:
-    with Peer([]) as peer, pytest.raises((TypeError, BoxerValidationError)):
-        client_of(peer.url).run("image", ["true"], outputs=what)
-
-
-def test_a_folder_that_is_named_as_an_output_is_an_error_with_the_result(client_of: Clients) -> None:
-    with Host(Kept({"a": NOT_A_FILE})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": ["a"]}))
-    assert isinstance(got, BoxerAPIError) and "is a folder" in str(got)
-    assert got.result == RESULT and pickle.loads(pickle.dumps(got)).result == RESULT
-
-
-# Hostile lists: each row is an entry, and whether it is a name.
-LISTED: list[tuple[bytes, bool]] = [
-    (b"./fine", True), (b"./a/b", True), (b"./\xc3\xa9 \n\x1b[31m", True), (b"./...", True), (b"./..a/b..", True),
-    (b"./~", True), (b"./C:x", sys.platform != "win32"), (b"./a\\b", sys.platform != "win32"),
-    (b"./../x", False), (b"./a/../../x", False), (b"./..", False), (b"./.", False), (b"./", False), (b".", False),
-    (b".//etc/passwd", False), (b"./a//b", False), (b"./a/./b", False), (b"./a/", False), (b"/etc/passwd", False),
-    (b"./\xff", False), (b"./\xed\xa0\x80", False), (b"../boxer-2/x", False), (b"../../up", False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("entry", "is_name"), LISTED, ids=ascii)
-@pytest.mark.parametrize("where", ["memory", "folder"])
-def test_of_a_hostile_list_only_names_below_output_count(
-    client_of: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: bytes, is_name: bool, where: str
-) -> None:
-    name = entry[2:].decode("utf-8", "surrogateescape")
-    kept = Kept({name: b"content", "last": b""} if is_name else {"last": b""}, b"%b\0./last\0" % entry)
-    target = tmp_path / "deep" / "down" / "target"
-    with Host(kept) as host:
-        wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": target}
-        result = client_of(host.url).run("image", ["true"], **wanted)
-    found = {"last": b"", **({name: b"content"} if is_name else {})}
-    assert kept.asked[1:] == [f"output/boxer-1/{path}" for path in ([name] if is_name else []) + ["last"]]
-    if where == "memory":
-        assert result.outputs == found
-    else:
-        files = {path for path in tmp_path.rglob("*") if not path.is_dir()}
-        assert {str(path.relative_to(target)): path.read_bytes() for path in files} == found
-    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(messages) == (not is_name) and all(map(str.isprintable, messages))
-
-
-# Each row: the list of outputs, as a server gives it.
-BAD_LISTS: dict[str, Any] = {
-    "missing": [failing("404 Not Found", "file not found")],
-    "a folder": NOT_A_FILE,
-    "too many names": b"".join(b"./%d\0" % number for number in range(10_001)),
-    "200,000 names": b"".join(b"./%d\0" % number for number in range(200_000)),
-    "a server's failure": [failing("500 Internal Server Error", "no")],
-    "cut": [answer(b"./a\0./b\0")[:-2], Do.FIN],
-    "3 GiB": endless(3 * GIB),
-}
-
-
-@pytest.mark.parametrize("listing", BAD_LISTS.values(), ids=BAD_LISTS)
-@pytest.mark.parametrize("where", ["memory", "folder"])
-def test_a_list_that_is_forged_or_missing_is_an_error_with_the_result(
-    client_of: Clients, tmp_path: Path, listing: Any, where: str
-) -> None:
-    kept = Kept({}, listing)
-    wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": tmp_path / "target"}
-    with Frail(kept) as host:
-        tracemalloc.start()
-        try:
-            got = outcome(client_of(host.url), ("run", ("image", ["true"]), wanted), retries=0)
-            assert tracemalloc.get_traced_memory()[1] < 64 * MIB
-        finally:
-            tracemalloc.stop()
-    assert isinstance(got, BoxerError) and got.result == RESULT, got
-    assert set(kept.asked) == {f"output/boxer-1/{kept.name}"}
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_ten_thousand_outputs_are_fetched(client_of: Clients) -> None:
-    with Host(Kept({str(number): b"" for number in range(10_000)})) as host:
-        assert len(client_of(host.url).run("image", ["true"], outputs=True).outputs) == 10_000
-
-
-def test_more_than_256_mib_of_outputs_are_an_error_with_the_result(client_of: Clients) -> None:
-    large = answer(bytes(100 * MIB))
-    with Frail(Kept({"a": [large], "b": [large], "c": [large]})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": True}))
-    assert isinstance(got, BoxerError) and got.result.exec_id == "boxer-1"
-
-
-def test_a_single_endless_output_takes_no_endless_memory(client_of: Clients) -> None:
-    with Frail(Kept({"a": endless(3 * GIB)})) as host:
-        tracemalloc.start()
-        try:
-            got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": True}))
-            assert tracemalloc.get_traced_memory()[1] < 300 * MIB
-        finally:
-            tracemalloc.stop()
-    assert isinstance(got, BoxerError) and got.result == RESULT
-
-
-def test_the_list_of_outputs_has_a_random_name_and_is_no_output(client_of: Clients) -> None:
-    kept = Kept({"a": b"x"})
-    names = set()
-    with Host(kept) as host:
-        client = client_of(host.url)
-        for _ in range(3):
-            assert client.run("image", ["true"], outputs=True).outputs == {"a": b"x"}
-            names.add(kept.name)
-    assert len(names) == 3 and all(len(name) >= 16 for name in names)
-    assert all(run["persist"] is True for run in runs_of(host))
-
-
-# A program that knows the name of the list, as /proc tells it, and what it does there.
-SPY = """
-import os, re, sys
-line = open(f"/proc/{os.getppid()}/cmdline").read()
-name = "/output/" + re.search("! -name ([^ ]+)", line)[1]
-open("/output/honest", "w").write("x")
-"""
-SPIES = {
-    "a folder in its place": "os.mkdir(name)",
-    "a link in its place": "os.symlink('/etc/passwd', name)",
-    "a link to another output": "os.symlink('honest', name)",
-    "a list that cannot be written": (
-        "open(name, 'w').write('./../../x\\\\0./honest\\\\0/etc/passwd\\\\0'); os.chmod(name, 0o400)"
-    ),
-    "no shell": "os.kill(os.getppid(), 9)",
-    "no way to list": "os.chmod('/output', 0o300)",
-    "many names": "[open(f'/output/{n}', 'w').close() for n in range(300)]",
-}
-
-
-@in_a_sandbox
-@of_the_stand_in
-@pytest.mark.parametrize("act", SPIES.values(), ids=SPIES)
-def test_a_program_that_meddles_with_the_list_gains_nothing(client_of: Clients, tmp_path: Path, act: str) -> None:
-    with own_server() as server:
-        client, cmd = client_of(server.url), ["python3", "-c", SPY + act.replace("\\\\", "\\")]
-        for wanted in ({"outputs": True}, {"output_dir": tmp_path / "a" / "b"}):
-            got = outcome(client, ("run", (PYTHON, cmd), {**wanted, "files": {"f": b""}}))
-            if isinstance(got, BoxerError):
-                assert got.result.exec_id.startswith("boxer-")
-            else:
-                assert set(got.outputs) <= {"honest", *map(str, range(2000))}
-        assert server.store.uploads() == []
-    files = [path for path in tmp_path.rglob("*") if not path.is_dir()]
-    assert all(path.parent == tmp_path / "a" / "b" and not path.is_symlink() for path in files)
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_a_sparse_file_is_streamed_into_a_folder_and_too_much_for_memory(client_of: Clients, tmp_path: Path) -> None:
-    grow = "open('/output/sparse', 'w').truncate({} << 20)"
-    with own_server() as server:
-        client = client_of(server.url)
-        tracemalloc.start()
-        try:
-            got = outcome(client, ("run", (PYTHON, ["python3", "-c", grow.format(3 << 10)]), {"outputs": True}))
-            assert isinstance(got, BoxerError) and got.result.ok
-            del got
-            gc.collect()  # what was received hangs on the error's traceback
-            tracemalloc.reset_peak() if hasattr(tracemalloc, "reset_peak") else None
-            assert client.run(PYTHON, ["python3", "-c", grow.format(300)], output_dir=tmp_path / "x").ok
-            assert tracemalloc.get_traced_memory()[1] < (16 if hasattr(tracemalloc, "reset_peak") else 300) * MIB
-        finally:
-            tracemalloc.stop()
-        assert (tmp_path / "x" / "sparse").stat().st_size == 300 * MIB
-        (tmp_path / "x" / "sparse").unlink()
-
-
-# Output folders
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    """A folder with one file that nobody is to write to; beside it is the folder for outputs."""
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "x").write_bytes(b"untouched")
-    (tmp_path / "target").mkdir()
-    return tmp_path / "outside"
-
-
-@pytest.mark.parametrize("name", ["link/x", "link/new", "link/deep/new", "d/link/x"])
-def test_nothing_is_written_through_a_link_below_the_folder_of_outputs(
-    client_of: Clients, outside: Path, name: str
-) -> None:
-    target = outside.parent / "target"
-    link = target / name[: name.index("link") + 4]
-    link.parent.mkdir(exist_ok=True)
-    link.symlink_to(outside)
-    with Host(Kept({name: b"evil"})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": target}))
-    assert isinstance(got, BoxerError) and got.result == RESULT
-    assert {path.name: path.read_bytes() for path in outside.iterdir()} == {"x": b"untouched"}
-
-
-def test_an_output_takes_the_place_of_a_link_and_does_not_follow_it(client_of: Clients, outside: Path) -> None:
-    target = outside.parent / "target"
-    (target / "a").symlink_to(outside / "x")
-    (target / "b").write_bytes(b"old")
-    with Host(Kept({"a": b"new", "b": b"new"})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": target}))
-    assert (outside / "x").read_bytes() == b"untouched"
-    if not isinstance(got, BoxerError):  # to refuse is as good
-        assert {name: (target / name).read_bytes() for name in "ab"} == {"a": b"new", "b": b"new"}
-        assert not (target / "a").is_symlink()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
-def test_no_output_goes_into_a_pipe_or_through_a_link_to_one(client_of: Clients, outside: Path) -> None:
-    os.mkfifo(outside / "pipe")
-    os.mkfifo(outside.parent / "target" / "b")
-    (outside.parent / "target" / "a").symlink_to(outside / "pipe")
-    pipe = os.open(outside / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with Host(Kept({"a": b"evil", "b": b"evil"})) as host:
-        client_of(host.url).run("image", ["true"], output_dir=outside.parent / "target")
-    assert os.read(pipe, 100) == b"" and (outside / "pipe").is_fifo()
-    assert all((outside.parent / "target" / name).read_bytes() == b"evil" for name in "ab")
-    os.close(pipe)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there is no such limit here")
-@pytest.mark.parametrize("is_json", [None, False, True], ids=["client", "command", "command with JSON"])
-def test_a_disk_that_fills_up_is_an_error_with_the_result(
-    client_of: Clients, call_main: Any, tmp_path: Path, is_json: bool | None
-) -> None:
-    import resource
-
-    limits, (name, *_) = resource.getrlimit(resource.RLIMIT_FSIZE), ["large"]
-    with Host(Kept({name: bytes(4 * MIB)})) as host:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, limits[1]))
-        try:
-            if is_json is None:
-                got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
-            else:
-                said = call_main("run", "--url", host.url, *["--json"] * is_json, "-o", "x", "image", "x")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    if is_json is None:
-        assert (
-            is_expected(got, (BoxerError, None, f"the output {name!r} could not be written")) and got.result == RESULT
-        )
-    else:
-        assert said.code == 125 and (json.loads(said.stdout)["stdout"] if is_json else said.stdout.decode()) == "hi\n"
-    assert list((tmp_path / "x").iterdir()) == []
-
-
-def test_the_folder_of_outputs_may_itself_be_a_link(client_of: Clients, outside: Path) -> None:
-    (outside.parent / "link").symlink_to("target")
-    with Host(Kept({"a/b": b"new"})) as host:
-        client_of(host.url).run("image", ["true"], output_dir=outside.parent / "link")
-    assert (outside.parent / "target" / "a" / "b").read_bytes() == b"new"
-
-
-# Outputs that cannot be had as files: each row has their names, in the order of the list.
-CLASHES = {
-    "a file and a folder": {"a": b"", "a/b": b""},
-    "a folder and a file": {"a/b": b"", "a": b""},
-    "a name too long": {"x" * 300: b""},
-    "a path too long": {"/".join(["x" * 200] * 40): b""},
-}
-
-
-@pytest.mark.parametrize("outputs", CLASHES.values(), ids=CLASHES)
-def test_an_output_that_cannot_be_a_file_here_is_an_error_with_the_result(
-    client_of: Clients, tmp_path: Path, outputs: dict[str, bytes]
-) -> None:
-    with Host(Kept(outputs)) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "target"}))
-    assert isinstance(got, BoxerError) and got.result == RESULT
-
-
-def test_each_output_is_whole_or_not_there(client_of: Clients, tmp_path: Path) -> None:
-    cut = [answer(bytes(MIB))[:-1], Do.FIN]
-    with Host(Kept({"a": b"whole", "b": cut})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}), retries=0)
-    assert isinstance(got, BoxerConnectionError) and got.result == RESULT
-    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == {"a": b"whole"}
-
-
-def test_outputs_are_named_or_go_into_a_folder(client_of: Clients, tmp_path: Path) -> None:
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="exclude each other"):
-        client_of(peer.url).run("image", ["true"], outputs=["a"], output_dir=tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_local_folder_that_cannot_be_made_is_an_error_of_the_system(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with Host(Kept({"a": b""})) as host, pytest.raises((OSError, BoxerError)):
-        client_of(host.url).run("image", ["true"], output_dir=tmp_path / "file" / "x")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads to disk
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_download_goes_to_a_path_or_into_a_folder_under_its_name(client_of: Clients, tmp_path: Path) -> None:
-    content = os.urandom(3 * MIB)
-    (tmp_path / "folder").mkdir()
-    with store() as server:
-        client = client_of(server.url)
-        client.upload_file("d/é.bin", content)
-        for local in (tmp_path / "new", str(tmp_path / "new"), tmp_path / "folder", f"{tmp_path}/folder/"):
-            client.download_path("d/é.bin", local)
-        client.download_path("/d/é.bin", tmp_path / "slash")
-    found = {
-        str(path.relative_to(tmp_path)): path.read_bytes() == content for path in tmp_path.rglob("*") if path.is_file()
-    }
-    assert found == {"new": True, "folder/é.bin": True, "slash": True}
-
-
-def test_a_download_refuses_to_write_over_a_folder(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").mkdir()
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="folder"):
-        client_of(peer.url).download_path("x/a.txt", tmp_path)
-
-
-@pytest.mark.parametrize("remote", ["a/..", "..", ".", "/", "a/"])
-def test_a_download_into_a_folder_needs_a_name(client_of: Clients, tmp_path: Path, remote: str) -> None:
-    (tmp_path / "inner").mkdir()
-    with Host(lambda _: [answer(b"evil")]) as host, pytest.raises(BoxerError):
-        client_of(host.url).download_path(remote, tmp_path / "inner")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "inner"]
-
-
-def test_a_download_goes_to_where_a_binary_file_stands(client_of: Clients, tmp_path: Path) -> None:
-    with open(tmp_path / "a", "w+b") as file, Host(lambda _: [answer(b"content")]) as host:
-        client = client_of(host.url)
-        file.write(b"before ")
-        client.download_path("a", file)
-        client.download_path("a", file)
-        file.seek(0)
-        assert file.read() == b"before contentcontent"
-        with pytest.raises(TypeError), open(tmp_path / "b", "w") as text:
-            client.download_path("a", text)
-
-
-class Pipe:
-    """What can only be written to; after `room` bytes, that fails."""
-
-    def __init__(self, room: float = math.inf) -> None:
-        self.content, self.room = b"", room
-
-    def write(self, data: Any) -> int:
-        if len(self.content) >= self.room:
-            raise LookupError("enough")
-        self.content += bytes(data)
-        return len(data)
-
-
-BULKY_CONTENT = bytes(range(256)) * 4096 * 3  # more than is written at a time
-
-
-def cut_then_whole() -> Peer:
-    return Peer([[Do.REQUEST, answer(BULKY_CONTENT)[:-1000], Do.FIN], [Do.REQUEST, answer(BULKY_CONTENT)]])
-
-
-def test_a_download_is_started_over_after_a_lost_connection(client_of: Clients, tmp_path: Path) -> None:
-    with cut_then_whole() as peer:
-        client_of(peer.url).download_path("a", tmp_path / "a")
-    with cut_then_whole() as peer, open(tmp_path / "b", "w+b") as file:
-        file.write(b"before ")
-        client_of(peer.url).download_path("a", file)
-    assert (tmp_path / "a").read_bytes() == BULKY_CONTENT
-    assert (tmp_path / "b").read_bytes() == b"before " + BULKY_CONTENT
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_what_cannot_be_rewound_gets_a_download_once(client_of: Clients) -> None:
-    whole, part, content = Pipe(), Pipe(), BULKY_CONTENT * 8
-    with Peer.answering(answer(content)) as peer:
-        client_of(peer.url).download_path("a", whole)
-    with Peer([[Do.REQUEST, answer(content)[:-1000], Do.FIN]]) as peer:
-        assert is_expected(outcome(client_of(peer.url), ("download_path", ("a", part), {})), lost())
-    assert whole.content == content and part.content and content.startswith(part.content)
-
-
-# Each row: what a server says, and what comes of it.
-NO_DOWNLOADS: dict[str, tuple[list[Any], Any]] = {
-    "not found": ([failing("404 Not Found", "file not found")], refusal(404, "file not found")),
-    "a folder": (NOT_A_FILE, refusal(301, "folder")),
-    "cut": ([answer(BULKY_CONTENT)[:-1], Do.FIN], lost()),
-    "a part": ([answer(b"x", "206 Partial Content")], refusal(206)),
-}
-
-
-@pytest.mark.parametrize(("said", "expected"), NO_DOWNLOADS.values(), ids=NO_DOWNLOADS)
-@pytest.mark.parametrize("is_there", [False, True], ids=["new", "there"])
-def test_a_download_that_fails_leaves_everything_as_it_was(
-    client_of: Clients, tmp_path: Path, said: list[Any], expected: Any, is_there: bool
-) -> None:
-    if is_there:
-        (tmp_path / "a").write_bytes(b"old")
-    file = io.BytesIO(b"old")
-    with Host(lambda _: said) as host:
-        client = client_of(host.url, retries=0)
-        assert is_expected(outcome(client, ("download_path", ("a", tmp_path / "a"), {})), expected)
-        if expected != lost():
-            assert is_expected(outcome(client, ("download_path", ("a", file), {})), expected)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"a": b"old"} if is_there else {})
-    assert file.getvalue() == b"old"
-
-
-def test_a_download_into_a_folder_that_is_not_there_is_an_error_of_the_system(
-    client_of: Clients, tmp_path: Path
-) -> None:
-    with Host(lambda _: [answer(b"x")]) as host, pytest.raises(FileNotFoundError) as caught:
-        client_of(host.url).download_path("a", tmp_path / "missing" / "a")
-    assert caught.value.filename == str(tmp_path / "missing" / "a")
-
-
-def test_a_file_uploaded_to_a_path_that_ends_in_a_slash_goes_into_that_folder(
-    client_of: Clients, tmp_path: Path
-) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    with store() as server:
-        assert client_of(server.url).upload_path(tmp_path / "a.txt", "b/") == ["b/a.txt"]
-
-
-# Each row: a working directory beside files of the run's own, and what is sent for it below the run's folder.
-BELOW = [(None, ""), ("", ""), (".", ""), ("a", "/a"), ("a/b/", "/a/b"), ("/tmp", None), ("/", None)]
-
-
-@pytest.mark.parametrize(("cwd", "below"), BELOW)
-def test_a_relative_working_directory_is_below_the_run_s_own_folder(
-    client_of: Clients, cwd: str | None, below: str | None
-) -> None:
-    with Host(lambda _: [answer({**RUN, "path": "stored"})]) as host:
-        client_of(host.url).run("image", ["true"], files={"a/b/c": b""}, cwd=cwd)
-    sent = next(request.json["cwd"] for request in host.seen if "/run" in request.line)
-    assert sent == cwd if below is None else re.fullmatch(f"/boxer-[0-9a-f]{{32}}{below}", sent)
-
-
-@pytest.mark.parametrize("exec_id", ["a\0b", LONE], ids=ascii)
-def test_a_result_that_no_output_can_be_fetched_for_is_the_server_s_fault(client_of: Clients, exec_id: str) -> None:
-    with Host(lambda _: [answer({**RUN, "exec_id": exec_id})]) as host:
-        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": ["a"]}))
-    assert is_expected(error, (BoxerAPIError, 200, "the result is malformed: exec_id has"))
-
-
-@pytest.mark.parametrize("can_be_rewound", [False, True])
-def test_a_file_that_ends_as_an_iterator_does_is_an_error(client_of: Clients, can_be_rewound: bool) -> None:
-    class Iterating(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if size:
-                raise StopIteration
-            return b""
-
-        def seek(self, *args: Any) -> int:
-            if not can_be_rewound:
-                raise io.UnsupportedOperation
-            return super().seek(*args)
-
-    with Frail(lambda _: [STORED]) as host, pytest.raises(RuntimeError, match="StopIteration"):
-        client_of(host.url).upload_file("a.txt", Iterating(b"content"))
-
-
-def test_a_file_that_does_not_heed_the_size_is_refused(client_of: Clients) -> None:
-    class Whole(io.BytesIO):
-        def read(self, _: int | None = -1) -> bytes:
-            return super().read()
-
-    with Peer([]) as peer, pytest.raises(TypeError, match="takes a size"):
-        client_of(peer.url).run("image", ["true"], files={"a": Whole(b"content")})
-
-
-def test_text_needs_no_thread_of_a_loop_whose_threads_are_busy() -> None:
-    async def main() -> list[Any]:
-        loop, is_over = asyncio.get_running_loop(), threading.Event()
-        loop.set_default_executor(ThreadPoolExecutor(1))
-        busy = loop.run_in_executor(None, is_over.wait, 30)
-        async with AsyncBoxerClient(host.url, timeout=0.5) as client:
-            text = await client.run("image", ["true"], files={"a": "1", "b": b"2"}, input="x", outputs=["a"])
-            try:
-                await client.run("image", ["true"], files={"a": io.BytesIO(b"1")})
-            except BoxerTimeoutError as error:
-                return [text.ok, error.status_code, str(error)]
-            finally:
-                is_over.set()
-                await busy
-        return []
-
-    with Host(Kept({"a": b"x"})) as host:
-        assert asyncio.run(main()) == [True, 0, "local files: no end of reading within 0.5 s; the client gave up"]
-
-
-def test_a_local_path_in_a_list_of_files_is_told_apart_from_one_on_the_server(client_of: Clients) -> None:
-    with Host(lambda _: [failing("400 Bad Request", "file not found: main.py")]) as host:
-        error = outcome(client_of(host.url), ("run", ("image", ["true"]), {"files": ["main.py"]}))
-    assert is_expected(error, (BoxerAPIError, 400, "file not found: main.py; a list in files names what was uploaded"))
-
-
-def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> None:
-    content = [raw(f"Content-Length: {64 * MIB}"), *[bytes(MIB)] * 64]
-    with Peer([[Do.REQUEST, content, Do.DRAIN]]) as peer, pytest.raises(LookupError, match="enough"):
-        client_of(peer.url).download_path("a", Pipe(room=100_000))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there are no devices here")
-def test_a_download_to_a_device_does_not_replace_it(client_of: Clients, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    (tmp_path / "link").symlink_to(f"/proc/self/fd/{reading}")  # as /dev/stdout is one: it leads to no path
-    with Host(lambda _: [answer(b"content")]) as host:
-        for name in ("pipe", "link")[: 2 if sys.platform == "linux" else 1]:
-            client_of(host.url).download_path("a", tmp_path / name)
-            assert os.read(reading, 100) == b"content" and (tmp_path / "pipe").is_fifo()
-    os.close(reading)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
-def test_a_download_to_a_pipe_that_nobody_reads_does_not_wait_for_ever(client_of: Clients, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with Peer([]) as peer, pytest.raises(OSError, match="pipe"):
-        client_of(peer.url).download_path("a", tmp_path / "pipe")
-
-
-def test_a_download_to_disk_has_the_permissions_of_any_new_file(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "usual").touch()
-    with Host(lambda _: [answer(b"x")]) as host:
-        client_of(host.url).download_path("a", tmp_path / "a")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-class CountingFile:
-    """A file object that counts, as tqdm.wrapattr makes it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.count = file, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def read(self, size: int = -1) -> Any:
-        data = self.file.read(size)
-        self.count += len(data)
-        return data
-
-    def write(self, data: Any) -> Any:
-        self.count += len(data)
-        return self.file.write(data)
-
-
-def test_a_file_object_that_counts_shows_the_progress_of_either_direction(client_of: Clients) -> None:
-    with store() as server:
-        client, up, down = client_of(server.url), CountingFile(io.BytesIO(BULKY_CONTENT)), CountingFile(io.BytesIO())
-        client.upload_file("a", up)
-        client.download_path("a", down)
-    assert up.count == down.count == len(BULKY_CONTENT) and down.getvalue() == BULKY_CONTENT
-
-
-LARGE_TRANSFER = """
-import asyncio, hashlib, resource, sys
-from pathlib import Path
-from boxer import AsyncBoxerClient, BoxerClient
-
-def transfer(url):
-    with BoxerClient(url) as client:
-        client.upload_path("large", "a")
-        client.download_path("a", "copy")
-
-async def transfer_async(url):
-    async with AsyncBoxerClient(url) as client:
-        await client.upload_path("large", "a")
-        await client.download_path("a", "copy")
-
-kind, url = sys.argv[1:]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-transfer(url) if kind == "sync" else asyncio.run(transfer_async(url))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@of_the_stand_in
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process has used is counted in another unit here")
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_large_file_goes_up_and_down_in_64_mib_of_memory(large_store: StandIn, tmp_path: Path, kind: str) -> None:
-    with open(tmp_path / "large", "wb") as file:
-        file.truncate(300 * MIB - 6)
-        file.seek(0, os.SEEK_END)
-        file.write(b"ending")
-    taken = int(program_beside_boxer(tmp_path, LARGE_TRANSFER, kind, large_store.url)) * 1024
-    with open(tmp_path / "copy", "rb") as copied:
-        assert os.fstat(copied.fileno()).st_size == 300 * MIB
-        copied.seek(-8, os.SEEK_END)
-        assert copied.read() == b"\0\0ending"
-    for name in ("large", "copy"):
-        (tmp_path / name).unlink()
-    assert taken < 64 * MIB
-
-
-# What an answer says of itself, what files take, and when a call is over
-
-
-@pytest.mark.parametrize("coding", ["identity", "", "Identity"])
-def test_content_that_is_not_coded_is_written_whatever_names_it_so(
-    client_of: Clients, tmp_path: Path, coding: str
-) -> None:
-    with Host(lambda _: [answer(b"content", Content_Encoding=coding)]) as host:
-        client_of(host.url).download_path("a", tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("head", [raw("Content-Encoding: gzip"), raw(status="HTTP/1.1 206 Partial Content")])
-def test_an_answer_that_is_refused_is_not_taken_in_first(client_of: Clients, tmp_path: Path, head: bytes) -> None:
-    flood = itertools.chain([head], itertools.repeat(BULKY_CONTENT))
-    with Peer([[Do.REQUEST, flood, Do.DRAIN]]) as peer, pytest.raises(BoxerAPIError):
-        client_of(peer.url, retries=0).download_path("a", tmp_path / "a")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("code", [200, 404])
-def test_what_a_handler_answers_with_is_written(tmp_path: Path, code: int) -> None:
-    def respond(_: str) -> urllib.response.addinfourl:
-        return addinfourl(b"content", code)
-
-    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Fake(respond)]) as client:
-        got = outcome(client, ("download_path", ("a", tmp_path / "a"), {}))
-    assert (got is None) == (tmp_path / "a").exists() == (code == 200)
-    assert code != 200 or (tmp_path / "a").read_bytes() == b"content"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions here")
-def test_a_download_leaves_private_what_was(client_of: Clients, tmp_path: Path) -> None:
-    (tmp_path / "a").touch(0o600)
-    (tmp_path / "link").symlink_to("a")
-    with Host(lambda _: [answer(b"content")]) as host:
-        client_of(host.url).download_path("a", tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_bytes() == b"content"
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
-
-
-class Full(io.RawIOBase):
-    """A file that takes nothing, and says so in one of two ways."""
-
-    def __init__(self, says: Any) -> None:
-        self.says = says
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, _: Any) -> Any:
-        return self.says
-
-
-@pytest.mark.parametrize("says", [0, None])
-def test_a_file_that_takes_nothing_ends_a_download(client_of: Clients, says: Any) -> None:
-    with Host(lambda _: [answer(b"content")]) as host, pytest.raises(BlockingIOError):
-        client_of(host.url).download_path("a", Full(says))
-
-
-def test_nothing_is_written_once_the_call_is_over() -> None:
-    class Slow:
-        """Takes a byte at a time, and then waits."""
-
-        def __init__(self) -> None:
-            self.count, self.writes, self.go_on = 0, threading.Event(), threading.Event()
-
-        def write(self, _: Any) -> int:
-            self.count += 1
-            self.writes.set()
-            assert self.go_on.wait(30)
-            return 1
-
-    async def main() -> None:
-        async with AsyncBoxerClient(host.url) as client:
-            call = asyncio.ensure_future(client.download_path("a", slow))
-            await asyncio.get_running_loop().run_in_executor(None, slow.writes.wait, 30)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            slow.go_on.set()
-
-    slow: Any = Slow()
-    with Host(lambda _: [answer(b"content")]) as host:
-        asyncio.run(main())  # it waits for the threads of its executor
-    assert slow.count == 1
-
-
-def test_a_file_that_takes_its_time_does_not_outlast_the_deadline() -> None:
-    class Stuck:
-        def write(self, content: Any) -> int:
-            assert go_on.wait(30)
-            return len(content)
-
-    async def main(target: Any) -> None:
-        async with AsyncBoxerClient(host.url) as client:
-            with contextlib.ExitStack() as stack:
-                stack.callback(go_on.set)
-                stack.enter_context(pytest.raises(BoxerTimeoutError, match=r"within 0\.3 s; the client gave up"))
-                await client.download_path("a", target, timeout=0.3)
-
-    go_on = threading.Event()
-    with Host(lambda _: [answer(b"content")]) as host:
-        asyncio.run(main(Stuck()))
-
-
-def test_an_output_that_lies_too_deep_is_an_error_with_the_result(client_of: Clients, tmp_path: Path) -> None:
-    with Host(Kept({"/".join("x" * 70): b""})) as host:
-        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"output_dir": tmp_path / "x"}))
-    assert is_expected(got, (BoxerError, None, "folders deep")) and got.result == RESULT
-
-
-def test_what_a_signal_handler_raises_leaves_a_download_of_outputs_as_it_is(tmp_path: Path) -> None:
-    class Raising(urllib.request.BaseHandler):
-        """Raises what a signal handler might, while a file is fetched."""
-
-        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-            if "/files" in request.selector and "list" not in request.selector:
-                raise TimeoutError("my own")
-            return request
-
-    kept, error = Kept({"a": b""}), pytest.raises(TimeoutError, match="my own")
-    with Host(kept) as host, BoxerClient(host.url, handlers=[Raising()]) as client, error:
-        client.run("image", ["true"], output_dir=tmp_path / "x")
-
-
-@pytest.mark.parametrize("what", ["outputs", "removal"])
-def test_a_result_is_not_lost_if_the_client_is_closed_before_its_outputs_come(what: str) -> None:
-    class Closing(urllib.request.BaseHandler):
-        """Closes the client once the run has been answered."""
-
-        def http_response(self, request: urllib.request.Request, response: Any) -> Any:
-            if request.selector.endswith("/run"):
-                client.close()
-            return response
-
-    more: dict[str, Any] = {"outputs": ["a"]} if what == "outputs" else {"files": {"a": b""}, "persist": True}
-    with Host(lambda _: [answer({**RUN, "path": "x"})]) as host:
-        client = BoxerClient(host.url, handlers=[Closing()])
-        got = outcome(client, ("run", ("image", ["true"]), more))
-    if what == "outputs":
-        assert is_expected(got, lost("the client was closed")) and got.result == RESULT
-    else:
-        assert got == RESULT
-
-
-def test_what_goes_wrong_with_an_output_is_no_fault_of_the_client_s(tmp_path: Path) -> None:
-    class Broken(urllib.request.BaseHandler):
-        """Has a fault of its own."""
-
-        def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-            if "/files" in request.selector:
-                raise RuntimeError("a fault of mine")
-            return request
-
-    kept, error = Kept({"a": b""}), pytest.raises(RuntimeError, match="a fault of mine")
-    with Host(kept) as host, BoxerClient(host.url, handlers=[Broken()]) as client, error:
-        client.run("image", ["true"], outputs=["a"])
-
-
-def test_a_file_object_stands_for_one_file(client_of: Clients) -> None:
-    file = io.BytesIO(b"content")
-    with Peer([]) as peer, pytest.raises(BoxerValidationError, match="under two names"):
-        client_of(peer.url).run("image", ["true"], files={"a": file, "b": file})
-
-
-def test_a_run_that_was_given_up_before_its_uploads_sends_none_of_them() -> None:
-    class Slow(io.BytesIO):
-        """Is asked for nothing first, and then takes its time."""
-
-        def read(self, size: int | None = -1) -> bytes:
-            if size == 0:
-                begun.set()
-                assert go_on.wait(30)
-            return super().read(size)
-
-    begun, go_on = threading.Event(), threading.Event()
-    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"a": Slow(b"a"), "b": b"b"})]
-    # The first run ends once the second one has begun.
-    with Host(lambda _: [lambda: begun.wait(30), RAN]) as host, BoxerClient(host.url) as client:
-        outcomes = client.run_many(requests, concurrency=2)
-        assert next(outcomes)[1] == RESULT and begun.is_set()
-        threading.Timer(0.3, go_on.set).start()  # once closing has begun, which waits for the run
-        outcomes.close()
-    assert [request.line for request in host.seen] == ["POST /run HTTP/1.1"]
-
-
-def test_uploads_that_begin_after_their_run_was_given_up_are_not_sent(tmp_path: Path) -> None:
-    (tmp_path / "many").mkdir()
-    for number in range(50):
-        (tmp_path / "many" / str(number)).touch()
-    begun = threading.Event()
-
-    def respond(request: Received) -> list[Any]:
-        if request.line.startswith("POST /files"):
-            begun.set()
-            return [Do.DRAIN]
-        return [RAN]
-
-    requests = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"many": tmp_path / "many"})]
-    with Host(respond) as host, BoxerClient(host.url, retries=0) as client:
-        outcomes = client.run_many(requests, concurrency=2)
-        assert next(outcomes)[1] == RESULT
-        assert begun.wait(30)
-        outcomes.close()
-    assert len([request for request in host.seen if request.line.startswith("POST /files")]) <= 8
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Echo:
-    """Answers runs of `echo` as they are let: a function for a Host. `most` is how many there were at once."""
-
-    def __init__(self, hold: Callable[[int], object] = lambda number: None) -> None:
-        self.hold = hold
-        self.lock, self.live, self.most, self.begun = threading.Lock(), 0, 0, 0
-
-    def __call__(self, request: Received) -> list[Any]:
-        number = int(request.json["cmd"][1])
-        with self.lock:
-            self.live += 1
-            self.begun += 1
-            self.most = max(self.most, self.live)
-        self.hold(number)
-        with self.lock:
-            self.live -= 1
-        return [answer({**RUN, "stdout": f"{number}\n"})]
-
-
-def printed(outcomes: Iterable[tuple[RunRequest, Any]]) -> list[tuple[int, str]]:
-    return [(request.tag, getattr(outcome, "stdout", outcome)) for request, outcome in outcomes]
-
-
-def test_many_runs_come_in_order_with_the_requests_that_were_given(client_of: Clients) -> None:
-    later = threading.Event()
-
-    def hold(number: int) -> None:
-        assert later.wait(30) if number == 0 else True
-        if number == 5:
-            later.set()
-
-    requests = list(numbered(30))
-    with Host(Echo(hold)) as host:
-        outcomes = list(iterate(client_of(host.url), requests, concurrency=4))
-    assert [request is given for (request, _), given in zip(outcomes, requests)] == [True] * 30
-    assert printed(outcomes) == [(number, f"{number}\n") for number in range(30)]
-
-
-def test_many_runs_come_as_they_end_where_the_order_does_not_matter(client_of: Clients) -> None:
-    later = threading.Event()
-    with Host(Echo(lambda number: later.wait(30) if number == 0 else None)) as host:
-        outcomes = iterate(client_of(host.url), numbered(20), concurrency=4, ordered=False)
-        first = printed(itertools.islice(outcomes, 19))
-        later.set()
-        assert printed(outcomes) == [(0, "0\n")]
-    assert sorted(first) == [(number, f"{number}\n") for number in range(1, 20)]
-
-
-@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
-@pytest.mark.parametrize("concurrency", [1, 3, 8])
-def test_no_more_than_so_many_runs_are_in_flight(client_of: Clients, concurrency: int, ordered: bool) -> None:
-    echo = Echo(lambda number: threading.Event().wait(0.005))
-    with Host(echo) as host:
-        outcomes = printed(iterate(client_of(host.url), numbered(60), concurrency=concurrency, ordered=ordered))
-    assert sorted(outcomes) == [(number, f"{number}\n") for number in range(60)]
-    assert echo.most <= concurrency and (echo.most > 1) == (concurrency > 1)
-
-
-def test_eight_runs_are_in_flight_by_default(client_of: Clients) -> None:
-    eight = threading.Barrier(8)
-    with Host(Echo(lambda number: eight.wait(30))) as host:
-        assert len(printed(iterate(client_of(host.url), numbered(16)))) == 16
-
-
-def test_more_runs_at_once_than_connections_wait_for_their_turn(client_of: Clients) -> None:
-    echo = Echo(lambda number: threading.Event().wait(0.01))
-    with Host(echo) as host:
-        client = client_of(host.url, max_connections=2, timeout=2)
-        assert len(printed(iterate(client, numbered(40), concurrency=16))) == 40
-    assert echo.most == 2
-
-
-def test_the_source_is_asked_only_for_what_there_is_room_for(client_of: Clients) -> None:
-    taken = 0
-
-    def source() -> Iterator[RunRequest]:
-        nonlocal taken
-        for request in numbered(10_000):
-            taken += 1
-            yield request
-
-    with Host(Echo()) as host:
-        outcomes = iterate(client_of(host.url), source(), concurrency=4)
-        assert taken == 0
-        for count in range(1, 30):
-            next(outcomes)
-            threading.Event().wait(0.01)  # what goes on meanwhile may not go far
-            assert taken <= count + 5 * 4 + 1
-        outcomes.close()
-        assert taken <= 60
-
-
-def test_in_order_what_has_finished_waits_but_not_without_end(client_of: Clients) -> None:
-    never, echo = threading.Event(), Echo(lambda number: never.wait(30) if number == 0 else None)
-    with Host(echo) as host:
-        outcomes = iterate(client_of(host.url), numbered(1_000), concurrency=4)
-        with ThreadPoolExecutor(1) as executor:
-            if isinstance(client_of.kind, str) and client_of.kind == "sync":
-                first = executor.submit(next, outcomes)
-                settles(lambda: echo.begun >= 4 * 4)
-                threading.Event().wait(0.2)
-                assert 4 <= echo.begun <= 5 * 4 + 1
-                never.set()
-                assert printed([first.result()]) == [(0, "0\n")]
-            else:
-                threading.Timer(0.5, never.set).start()
-                assert printed([next(outcomes)]) == [(0, "0\n")]
-                assert echo.begun <= 6 * 4 + 1
-        outcomes.close()
-
-
-def test_one_failure_does_not_stop_the_rest(client_of: Clients, clock: Clock) -> None:
-    ends: dict[int, list[Any]] = {
-        3: [failing("500 Internal Server Error", "start runsc: no")],
-        5: [Do.FIN],
-        7: [failing("408 Request Timeout", "execution timed out after 1ms")],
-        9: [answer("<html>")],
-        11: [Do.RST],
-    }
-    with Host(lambda request: ends.get(int(request.json["cmd"][1]), [RAN])) as host:
-        outcomes = {request.tag: got for request, got in iterate(client_of(host.url), numbered(30), concurrency=3)}
-    kinds = {
-        3: BoxerAPIError,
-        5: BoxerConnectionError,
-        7: BoxerTimeoutError,
-        9: BoxerAPIError,
-        11: BoxerConnectionError,
-    }
-    assert {number: type(got) for number, got in outcomes.items() if got != RESULT} == kinds
-    assert list(outcomes) == list(range(30))
-
-
-def test_a_local_file_that_cannot_be_read_is_the_error_of_its_run_alone(client_of: Clients, tmp_path: Path) -> None:
-    files: list[Any] = [{}, {"a": tmp_path / "missing"}, {}]
-    requests = [RunRequest("i", ["a"], files=each) for each in files]
-    with Host(lambda _: [RAN]) as host:
-        first, second, third = (got for _, got in iterate(client_of(host.url), requests, concurrency=1))
-    assert (first, third) == (RESULT, RESULT)
-    assert type(second) is BoxerError and "missing" in str(second)
-    assert isinstance(second.__cause__, FileNotFoundError)
-
-
-def test_what_a_file_of_the_caller_raises_is_raised_by_many_runs(client_of: Clients) -> None:
-    class Odd(io.BytesIO):
-        def read(self, _: int | None = -1) -> bytes:
-            raise OSError("the caller's own")
-
-    requests = [RunRequest("i", ["a"]), RunRequest("i", ["a"], files={"a": Odd()})]
-    with Host(lambda _: [RAN]) as host, pytest.raises(OSError, match="the caller's own"):
-        list(iterate(client_of(host.url), requests, concurrency=1))
-
-
-@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
-def test_what_the_source_raises_is_raised_after_what_had_finished(client_of: Clients, ordered: bool) -> None:
-    def source() -> Iterator[RunRequest]:
-        yield from numbered(5)
-        settles(lambda: echo.begun == 5 and not echo.live)
-        threading.Event().wait(0.2)
-        raise LookupError("the end")
-
-    echo, came = Echo(), []
-    with Host(echo) as host:
-        client = client_of(host.url)
-        with pytest.raises(LookupError, match="the end"):  # noqa: PT012 - what came before it counts
-            for request, _ in iterate(client, source(), concurrency=2, ordered=ordered):
-                came.append(request.tag)
-        assert client.run("i", ["echo", "9"]).stdout == "9\n"
-    assert sorted(came) == [0, 1, 2, 3, 4] or client_of.kind == "async"  # there, a source that blocks blocks the loop
-
-
-@pytest.mark.parametrize("source", [[1], ["true"], [None], [RunRequest], 5, None], ids=repr)
-def test_a_source_of_something_else_is_a_type_error(client_of: Clients, source: Any) -> None:
-    with Peer([]) as peer, pytest.raises(TypeError):
-        list(iterate(client_of(peer.url), source))
-
-
-@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "8", None, True], ids=repr)
-def test_a_concurrency_that_is_none_is_refused(client_of: Clients, concurrency: Any) -> None:
-    with Peer([]) as peer, pytest.raises((BoxerValidationError, TypeError)):
-        list(iterate(client_of(peer.url), numbered(1), concurrency=concurrency))
-
-
-def test_no_requests_are_no_outcomes(client_of: Clients) -> None:
-    with Peer([]) as peer:
-        assert list(iterate(client_of(peer.url), [])) == []
-
-
-def test_a_closed_client_runs_nothing(client_of: Clients) -> None:
-    with Peer([]) as peer:
-        client = client_of(peer.url)
-        client.close()
-        with pytest.raises(RuntimeError):
-            list(iterate(client, numbered(3)))
-
-
-def test_where_no_connection_can_be_made_that_is_raised_once(client_of: Clients, clock: Clock) -> None:
-    taken = 0
-
-    def source() -> Iterator[RunRequest]:
-        nonlocal taken
-        for request in numbered(100_000):
-            taken += 1
-            yield request
-
-    with pytest.raises(BoxerConnectionError) as caught:
-        list(iterate(client_of(refused_url()), source(), concurrency=4))
-    assert not caught.value.request_sent and taken <= 6 * 4
-
-
-@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
-def test_where_a_server_goes_away_what_had_finished_comes_first(
-    client_of: Clients, clock: Clock, ordered: bool
-) -> None:
-    came = []
-    with vanishing(RAN, RAN, RAN) as url, pytest.raises(BoxerConnectionError):  # noqa: PT012 - what came before it counts
-        for request, got in iterate(client_of(url), numbered(1_000), concurrency=1, ordered=ordered):
-            came.append((request.tag, got == RESULT or is_expected(got, lost())))
-    assert came[:3] == [(0, True), (1, True), (2, True)] and len(came) <= 4
-
-
-@in_a_sandbox
-@of_the_stand_in
-@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
-def test_leaving_the_loop_early_kills_the_runs_that_are_under_way(client_of: Clients, ordered: bool) -> None:
-    requests = [RunRequest(PYTHON, ["sleep", "0" if number == 0 else "60"]) for number in range(100)]
-    with own_server() as server:
-        client = client_of(server.url)
-        outcomes = iterate(client, requests, concurrency=4, ordered=ordered)
-        assert next(outcomes)[1].ok
-        assert server.wait_for(lambda: len(server.runs_live) >= 3)
-        outcomes.close()
-        assert server.wait_for(lambda: not server.runs_live) and server.runs_killed >= 3
-        assert server.runs <= 6 and client.health()
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_leaving_an_asynchronous_loop_early_kills_the_runs_that_are_under_way() -> None:
-    async def main() -> None:
-        async with AsyncBoxerClient(stand_in.url) as client:
-            requests = (RunRequest(PYTHON, ["sleep", "0" if number == 0 else "60"]) for number in range(100))
-            async for _, result in client.run_many(requests, concurrency=4):
-                assert isinstance(result, RunResult)
-                await asyncio.get_running_loop().run_in_executor(
-                    None, stand_in.wait_for, lambda: len(stand_in.runs_live) >= 3
-                )
-                break
-            await asyncio.get_running_loop().run_in_executor(None, stand_in.wait_for, lambda: not stand_in.runs_live)
-            assert not stand_in.runs_live and stand_in.runs_killed >= 3
-
-    with own_server() as stand_in:
-        asyncio.run(main())
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_a_task_that_is_cancelled_in_many_runs_kills_them() -> None:
-    async def consume(client: AsyncBoxerClient) -> None:
-        async for _ in client.run_many(RunRequest(PYTHON, ["sleep", "60"]) for _ in range(100)):
-            pass
-
-    async def main() -> None:
-        async with AsyncBoxerClient(stand_in.url) as client:
-            with pytest.raises(asyncio.CancelledError):
-                await break_off(
-                    "cancel", consume(client), lambda: stand_in.wait_for(lambda: len(stand_in.runs_live) == 8)
-                )
-            await asyncio.get_running_loop().run_in_executor(None, stand_in.wait_for, lambda: not stand_in.runs_live)
-            assert (len(stand_in.runs_live), stand_in.runs) == (0, 8) and await client.health()
-
-    with own_server() as stand_in:
-        asyncio.run(main())
-
-
-@pytest.mark.parametrize("what", ["many runs", "files of a run"])
-def test_many_calls_at_once_take_no_lock_that_an_interrupt_would_leave_taken(what: str) -> None:
-    """`Condition.__enter__` is written in Python: an interrupt as it returns leaves its lock taken for ever."""
-
-    def interrupt(frame: Any, event: str, _: Any) -> None:
-        if event == "return" and frame.f_code is threading.Condition.__enter__.__code__:
-            names = []
-            while frame is not None:
-                names.append(frame.f_code.co_name)
-                frame = frame.f_back
-            if "start" not in names[:4]:  # to start a thread takes such a lock, in any program
-                raise KeyboardInterrupt
-
-    def call() -> int:
-        sys.setprofile(interrupt)
-        try:
-            if what == "many runs":
-                return len(list(client.run_many(numbered(20), concurrency=4)))
-            return client.run("image", ["true"], files={str(number): b"" for number in range(20)}).exit_code + 20
-        finally:
-            sys.setprofile(None)
-
-    answers = {"POST /run": RAN, "POST /files": STORED}
-    with Host(lambda request: [answers[request.line.rpartition(" ")[0]]]) as host, BoxerClient(host.url) as client:
-        assert in_time(call) == 20
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_an_interrupt_in_many_runs_kills_them(interrupts: Interrupts) -> None:
-    with own_server() as server, BoxerClient(server.url) as client:
-        is_over = threading.Event()
-        with ThreadPoolExecutor(1) as executor:
-
-            def interrupt() -> bool:
-                return server.wait_for(lambda: len(server.runs_live) == 8) and interrupts(is_over)
-
-            interrupted = executor.submit(interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                list(client.run_many(RunRequest(PYTHON, ["sleep", "60"]) for _ in range(100)))
-            is_over.set()
-            assert interrupted.result()
-        assert server.wait_for(lambda: not server.runs_live) and server.runs == 8
-        assert client.health()
-
-
-def test_an_asynchronous_source_is_taken_from_lazily_and_while_runs_go_on() -> None:
-    async def source() -> Any:
-        for request in numbered(50):
-            await asyncio.sleep(0.001)
-            yield request
-
-    async def main() -> list[tuple[int, str]]:
-        async with AsyncBoxerClient(host.url) as client:
-            return printed([pair async for pair in client.run_many(source(), concurrency=4)])
-
-    with Host(Echo()) as host:
-        assert asyncio.run(main()) == [(number, f"{number}\n") for number in range(50)]
-
-
-def test_an_asynchronous_source_that_waits_for_results_gets_them() -> None:
-    async def main() -> list[int]:
-        seen, came = asyncio.Event(), []
-
-        async def source() -> Any:
-            first, *rest = numbered(5)
-            yield first
-            await asyncio.wait_for(seen.wait(), 10)
-            for request in rest:
-                yield request
-
-        async with AsyncBoxerClient(host.url) as client:
-            async for request, _ in client.run_many(source()):
-                came.append(request.tag)
-                seen.set()
-        return came
-
-    with Host(Echo()) as host:
-        assert asyncio.run(main()) == [0, 1, 2, 3, 4]
-
-
-def test_requests_and_results_that_are_done_with_are_let_go(client_of: Clients) -> None:
-    import weakref
-
-    alive: Any = weakref.WeakSet()
-
-    def source() -> Iterator[RunRequest]:
-        for request in numbered(400):
-            alive.add(request)
-            yield request
-
-    most = 0
-    with Host(Echo()) as host:
-        for request, result in iterate(client_of(host.url), source(), concurrency=4):
-            most = max(most, len(alive))
-            del request, result
-    assert most <= 8 * 4
-
-
-@in_a_sandbox
-@of_the_stand_in
-def test_many_runs_may_have_inputs_files_and_outputs_and_leave_nothing(client_of: Clients) -> None:
-    code = "import sys; open('/output/r', 'w').write(open('n').read() + sys.stdin.read())"
-    requests = [
-        RunRequest(
-            PYTHON, ["python3", "-c", code], files={"n": str(number), "m": b""}, input=f" {number}", outputs=["r"]
-        )
-        for number in range(12)
-    ]
-    with own_server(race=1 / 3) as server:
-        outcomes = list(iterate(client_of(server.url), requests, concurrency=4))
-        assert [getattr(got, "outputs", got) for _, got in outcomes] == [{"r": f"{n} {n}".encode()} for n in range(12)]
-        assert server.store.uploads() == []
-
-
-def test_ten_thousand_runs_at_once_are_first_come_first_served() -> None:
-    async def main() -> None:
-        async with AsyncBoxerClient(host.url, max_connections=1) as client:
-            results = await asyncio.gather(*(client.run("i", ["echo", str(number)]) for number in range(10_000)))
-        assert [result.stdout for result in results] == [f"{number}\n" for number in range(10_000)]
-
-    with Host(Echo()) as host:
-        asyncio.run(main())
-    assert [int(request.json["cmd"][1]) for request in host.seen] == list(range(10_000))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests and results as things: send, tag, pickles
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARGUMENTS: list[dict[str, Any]] = [
-    {},
-    {"env": {"A": "b", "C": "é"}, "cwd": "/x", "network": "none", "persist": True},
-    {"env": ["A=b"], "limits": {"wall_clock_secs": 5}, "files": ["a", "b"]},
-    {"limits": ResourceLimits(memory_mb=64), "input": "typed in"},
-    {"outputs": ["a"], "files": {"x": b"y", "d/e": "f"}},
-    {"input": b"\0", "outputs": True},
-]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=repr)
-def test_what_send_sends_is_what_run_sends(client_of: Clients, arguments: dict[str, Any]) -> None:
-    sent = []
-    for method in ("run", "send"):
-        with Host(Kept({"a": b"x"})) as host:
-            client = client_of(host.url)
-            if method == "run":
-                result = client.run("image", ["prog", "arg"], **arguments)
-            else:
-                result = client.send(RunRequest("image", ["prog", "arg"], tag=object(), **arguments))
-        random = r"boxer-[0-9a-f-]{8,}|BOUNDARY|boundary=[^\r\n]+|--[0-9a-zA-Z]{16,}|Host: [^\r]*"
-        bodies = [  # the files of a removal are in the order in which their uploads came to an end
-            repr({**request.json, "files": sorted(request.json.get("files", []))}) if "/run" in request.line
-            else request.body.decode("latin-1") for request in host.seen
-        ]  # fmt: skip
-        requests = [request.head.decode() + body for request, body in zip(host.seen, bodies)]
-        sent.append((sorted(re.sub(random, "<random>", request) for request in requests), result))
-    assert sent[0] == sent[1]
-
-
-def test_send_takes_a_request_alone(client_of: Clients) -> None:
-    with Peer([]) as peer:
-        for wrong in (None, "image", {"image": "i", "cmd": ["c"]}):
-            with pytest.raises(TypeError):
-                client_of(peer.url).send(wrong)
-
-
-def test_send_takes_a_timeout_and_retries(client_of: Clients, clock: Clock) -> None:
-    busy = answer("", "503 Service Unavailable")
-    with Host(lambda _: [busy]) as host:
-        got = outcome(client_of(host.url), ("send", (RunRequest("i", ["c"]),), {}), retries=1, timeout=30)
-        assert is_expected(got, refusal(503)) and len(host.seen) == 2
-
-
-def test_a_tag_takes_part_in_nothing(client_of: Clients) -> None:
-    one, other = (RunRequest("i", ["c"], tag=tag) for tag in (["unhashable"], "s3cret"))
-    assert one == other and hash(one) == hash(other) and "s3cret" not in repr(other)
-    assert other.tag == "s3cret" and one != RunRequest("i", ["d"])
-    with Peer.answering(RAN) as peer:
-        assert client_of(peer.url).send(other) == RESULT
-    assert b"s3cret" not in peer.request.head + peer.request.body
-
-
-def test_requests_are_frozen_hashable_and_say_what_is_wrong_when_made() -> None:
-    request = RunRequest("i", ["c"], files={"a": b""}, input="x", outputs=["a"], limits={"nofile": 5}, env={"A": "b"})
-    assert hash(request) == hash(dataclasses.replace(request))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        request.image = "other"  # type: ignore[misc]
-    for wrong in (
-        {"files": {"..": b""}},
-        {"outputs": ["../x"]},
-        {"input": "x", "env": {"a.b": "c"}},
-        {"input": "\ud800"},
-    ):
-        with pytest.raises(BoxerValidationError):
-            RunRequest("i", ["c"], **wrong)
-
-
-def test_a_request_keeps_its_own_copy_of_what_it_was_given() -> None:
-    files, outputs, cmd = {"a": b""}, ["a"], ["c"]
-    request = RunRequest("i", cmd, files=files, outputs=outputs)
-    files["b"], outputs[:], cmd[:] = b"", ["z"], ["z"]
-    assert (list(request.files or ()), list(request.outputs), list(request.cmd)) == (["a"], ["a"], ["c"])  # type: ignore[arg-type]
-
-
-def test_a_result_has_its_outputs_last_and_is_made_as_before() -> None:
-    result = RunResult("boxer-1", 0, "", "", 7)
-    assert (result.outputs, RunResult("boxer-1", 0, "", "", 7, {"a": b"x"}).outputs) == ({}, {"a": b"x"})
-    assert [field.name for field in dataclasses.fields(RunResult)][-1] == "outputs"
-    assert result.outputs is not RunResult("boxer-1", 0, "", "", 7).outputs
-    assert result.output_path("/output/a/b") == result.output_path("a/b") == "output/boxer-1/a/b"
-
-
-def test_requests_results_and_errors_pickle_small() -> None:
-    result = RunResult("boxer-1", 3, "", "", 7, {"a": b"x"})
-    request = RunRequest("i", ["c"], files={"a": b"b", "p": Path("p")}, input="x", outputs=True, tag={"n": 1})
-    error = BoxerAPIError("no", 404)
-    error.result = result
-    for thing in (result, request, error, BoxerExitError(result)):
-        for copied in (pickle.loads(pickle.dumps(thing)), copy.copy(thing), copy.deepcopy(thing)):
-            assert type(copied) is type(thing) and vars(copied) == vars(thing) and str(copied) == str(thing)
-        assert len(pickle.dumps(thing)) < 700
-    assert pickle.loads(pickle.dumps(request)).tag == {"n": 1}
-
-
-def test_copies_of_a_client_in_one_process_share_its_connections_and_need_no_closing(client_of: Clients) -> None:
-    with Host(lambda _: [RAN]) as host:
-        client = client_of(host.url)
-        real = client.client if isinstance(client, PlainCalls) else client
-        assert client.run("i", ["c"]) == RESULT
-        for _ in range(5):
-            method = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(real.send))))
-            assert len(pickle.dumps(real.send)) < 700
-            sent = method(RunRequest("i", ["c"]))
-            assert (client.loop.run_until_complete(sent) if isinstance(client, PlainCalls) else sent) == RESULT
-            del method, sent
-            gc.collect()  # a ResourceWarning would be an error
-        assert client.run("i", ["c"]) == RESULT
-        client_of.take(pickle.loads(pickle.dumps(real)))  # which closes the connection of them all
-    assert host.connections <= 2  # one of the client's own, perhaps
-
-
-def test_a_copy_of_a_client_that_was_closed_is_closed(client_of: Clients) -> None:
-    with Host(lambda _: [WELL]) as host:
-        client = client_of(host.url)
-        real = client.client if isinstance(client, PlainCalls) else client
-        copied = client_of.take(pickle.loads(pickle.dumps(real)))
-        assert copied.health()
-        client.close()
-        with pytest.raises(RuntimeError, match="closed"):
-            copied.health()
-
-
-def test_few_clients_that_came_as_pickles_are_kept(client_of: Clients) -> None:
-    def ask(pickled: bytes) -> bool:
-        """Use a client without closing it, as a worker does."""
-        client = pickle.loads(pickled)
-        asked = client.health()
-        return bool(asked) if client_of.kind == "sync" else client_of.loop.run_until_complete(asked)
-
-    with Host(lambda _: [WELL]) as host:
-        pickles = []
-        for _ in range(20):
-            client = client_of.cls(host.url)
-            pickles.append(pickle.dumps(client))
-            client_of.take(client).close()
-        del client
-        gc.collect()
-        assert all(ask(pickled) for pickled in [*pickles, *pickles[-8:]])
-        gc.collect()
-        assert host.connections == 20
-        for pickled in pickles[-8:]:
-            client_of.take(pickle.loads(pickled)).close()  # a copy that is closed closes what is idle
-
-
-PROCESSES = """
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from boxer import BoxerClient, RunRequest
-
-if __name__ == "__main__":
-    requests = [RunRequest("image", ["echo", str(number)], tag=number) for number in range(40)]
-    with BoxerClient(sys.argv[1]) as client, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
-        print(sum(int(result.stdout) for result in executor.map(client.send, requests)))
-"""
-
-
-def test_a_pool_of_processes_can_send_requests(tmp_path: Path) -> None:
-    with Host(Echo()) as host:
-        assert program_beside_boxer(tmp_path, PROCESSES, host.url) == f"{sum(range(40))}\n"
-    assert host.connections <= 2 + 1  # each process keeps its connection
 
 
 # ---------------------------------------------------------------------------------------------------------------------
