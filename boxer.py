@@ -2758,7 +2758,7 @@ class _SyncWorkers(_Workers):
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
         self._threads: list[threading.Thread] = []
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends a thread
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # with what each needs; None ends a thread
         self._done: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._active: set[_Cancellation] = set()
         self._is_cancelled = False
@@ -2768,21 +2768,22 @@ class _SyncWorkers(_Workers):
         self._active.add(cancellation)
         if self._is_cancelled:
             cancellation.cancel(_STOPPED)
-        call = functools.partial(contextvars.copy_context().run, self._call, job, cancellation)
         if threading.main_thread().is_alive():
             if len(self._threads) < min(self.count, len(self._active)):
                 # A daemon, so that an iteration that is never ended does not keep the interpreter from its exit.
                 thread = threading.Thread(target=self._work, daemon=True)
                 thread.start()
                 self._threads.append(thread)
-            self._jobs.put(call)
+            self._jobs.put((contextvars.copy_context(), job, cancellation))
         else:  # no thread can start at the exit of the interpreter
-            call()  # pragma: no cover - coverage is not measured any more by then
+            self._call(job, cancellation)  # pragma: no cover - coverage is not measured any more by then
         return job
 
     def _work(self) -> None:
-        while (call := self._jobs.get()) is not None:
-            call()
+        while (given := self._jobs.get()) is not None:
+            context, job, cancellation = given
+            context.run(self._call, job, cancellation)
+            del given, context, job, cancellation  # while it waits, it keeps nothing of the caller's
 
     def _call(self, job: _Job, cancellation: _Cancellation) -> None:
         self._finish(job, self._function(job.item, cancellation))
