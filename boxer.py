@@ -79,6 +79,7 @@ import asyncio
 import binascii
 import calendar  # noqa: F401 - email.utils imports it in a call, and then a fork may interrupt that
 import collections
+import concurrent.futures.thread  # noqa: F401 - the same goes for asyncio and its threads
 import contextlib
 import contextvars
 import copy
