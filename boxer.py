@@ -2759,7 +2759,7 @@ class _SyncWorkers(_Workers):
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
         self._threads: list[threading.Thread] = []
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # with what each needs; None ends a thread
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # with what each needs; None: there will be no more
         self._done: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._active: set[_Cancellation] = set()
         self._is_cancelled = False
@@ -2772,9 +2772,8 @@ class _SyncWorkers(_Workers):
         if threading.main_thread().is_alive():
             if len(self._threads) < min(self.count, len(self._active)):
                 # A daemon, so that an iteration that is never ended does not keep the interpreter from its exit.
-                thread = threading.Thread(target=self._work, daemon=True)
-                thread.start()
-                self._threads.append(thread)
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
             self._jobs.put((contextvars.copy_context(), job, cancellation))
         else:  # no thread can start at the exit of the interpreter
             self._call(job, cancellation)  # pragma: no cover - coverage is not measured any more by then
@@ -2785,6 +2784,7 @@ class _SyncWorkers(_Workers):
             context, job, cancellation = given
             context.run(self._call, job, cancellation)
             del given, context, job, cancellation  # while it waits, it keeps nothing of the caller's
+        self._jobs.put(None)  # for the next thread
 
     def _call(self, job: _Job, cancellation: _Cancellation) -> None:
         self._finish(job, self._function(job.item, cancellation))
@@ -2815,10 +2815,10 @@ class _SyncWorkers(_Workers):
 
     async def end(self) -> None:
         self.cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._jobs.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():  # an interrupt may have kept one from its start
+                thread.join()
 
 
 class _OpenerRequest(urllib.request.Request):

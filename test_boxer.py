@@ -10752,6 +10752,32 @@ def test_a_task_that_is_cancelled_in_many_runs_kills_them() -> None:
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("when", ["call", "return"])
+@pytest.mark.parametrize("number", range(4))
+def test_an_interrupt_as_a_thread_starts_leaves_none_waiting(number: int, when: str) -> None:
+    left = number
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        nonlocal left
+        if event == when and frame.f_code is threading.Thread.start.__code__:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    def call() -> str:
+        sys.setprofile(interrupt)
+        try:
+            return str(len(list(client.run_many(numbered(20), concurrency=4))))
+        except KeyboardInterrupt:
+            return "interrupted"
+        finally:
+            sys.setprofile(None)
+
+    with Frail(lambda _: [RAN]) as host, BoxerClient(host.url) as client:
+        assert in_time(call) in ("interrupted", "20")  # one thread may be so quick that there is no second
+
+
 @pytest.mark.parametrize("what", ["many runs", "files of a run"])
 def test_many_calls_at_once_take_no_lock_that_an_interrupt_would_leave_taken(what: str) -> None:
     """`Condition.__enter__` is written in Python: an interrupt as it returns leaves its lock taken for ever."""
