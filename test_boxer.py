@@ -10131,6 +10131,22 @@ def test_a_file_that_ends_as_an_iterator_does_is_an_error(client_of: Clients, ca
         client_of(host.url).upload_file("a.txt", Iterating(b"content"))
 
 
+def test_what_ends_iterations_is_no_end_of_a_file(client_of: Clients) -> None:
+    class Iterating(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            raise StopIteration
+
+        def write(self, _: Any) -> int:
+            raise StopIteration
+
+    with Host(lambda _: [answer(b"content")]) as host:
+        client = client_of(host.url)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            client.run("image", ["true"], files={"a": Iterating()})
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            client.download_path("a", Iterating())
+
+
 def test_a_file_that_does_not_heed_the_size_is_refused(client_of: Clients) -> None:
     class Whole(io.BytesIO):
         def read(self, _: int | None = -1) -> bytes:
@@ -10646,6 +10662,17 @@ def test_what_the_source_raises_is_raised_after_what_had_finished(client_of: Cli
                 came.append(request.tag)
         assert client.run("i", ["echo", "9"]).stdout == "9\n"
     assert sorted(came) == [0, 1, 2, 3, 4] or client_of.kind == "async"  # there, a source that blocks blocks the loop
+
+
+def test_an_interrupt_while_the_source_of_many_runs_is_asked_is_raised_at_once() -> None:
+    def source() -> Iterator[RunRequest]:
+        yield from numbered(2)
+        raise KeyboardInterrupt
+
+    with Host(Echo()) as host, BoxerClient(host.url) as client:
+        outcomes = client.run_many(source(), concurrency=4)
+        with pytest.raises(KeyboardInterrupt):
+            list(outcomes)
 
 
 @pytest.mark.parametrize("source", [[1], ["true"], [None], [RunRequest], 5, None], ids=repr)
@@ -11573,6 +11600,20 @@ def test_what_another_client_raises_in_a_signal_handler_is_not_taken_for_the_cal
         assert elsewhere.partition("//")[2] in str(caught.value) and peer.authority not in str(caught.value)
         assert not caught.value.request_sent
         assert client.health() and peer.connections == 2
+
+
+def test_what_another_client_raises_in_a_signal_handler_is_raised_while_a_run_s_files_are_removed(
+    ringing: Ringing,
+) -> None:
+    def respond(request: Received) -> list[Any]:
+        is_removal = "/run" in request.line and request.json["cmd"] == ["true"]
+        return [ringing.start] if is_removal else [answer({**RUN, "path": "stored"})]
+
+    elsewhere = refused_url()
+    with Frail(respond) as host, BoxerClient(host.url) as client, BoxerClient(elsewhere, retries=0) as other:
+        ringing.action = lambda: other.run("image", ["true"])
+        with pytest.raises(BoxerConnectionError, match=re.escape(elsewhere.partition("//")[2])):
+            client.run("image", ["date"], files={"a": b""}, outputs=["b"])
 
 
 @pytest.mark.parametrize("error", [BoxerConnectionError("mine", request_sent=False), BoxerAPIError("mine", 503)])
