@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 MIB = 1 << 20
 LARGE, HUGE = 256 * MIB, 2048 * MIB
 SMALL_FILES = 2000
+DELAY = 0.005  # seconds: a server on the same continent
 SYNC = ("boxer.py", "boxer-sdk", "urllib3", "httpx", "bare sockets")
 ASYNC = ("boxer.py", "boxer-sdk", "aiohttp", "httpx", "bare sockets", "bare streams")
 COLUMNS = ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx", "curl", "bare sockets", "bare streams")
@@ -58,12 +59,17 @@ class Work(NamedTuple):
     calls: int  # that one process makes
     unit: str = "µs"  # of the time for a call
     is_busy: bool = False  # other processes keep the machine's processors awake
+    delay: float = 0.0  # seconds that the server takes for each request; if any, time by the clock is compared
+
+    @property
+    def measure(self) -> str:
+        return "wall" if self.delay else "cpu"
 
 
 def works(disk: str) -> list[Work]:
     """Return the rows; `disk` is the folder with what is uploaded, and to which is downloaded."""
     huge, small, saved = f"{disk}/huge", f"{disk}/small", f"{disk}/saved"
-    asynchronous = ASYNC[:-2]
+    asynchronous, both = ASYNC[:-2], ("boxer.py", "boxer-sdk")
     return [
         Work("runs in a row", "in_a_row", (4000,), SYNC, 4000),
         Work("runs in a row, busy machine", "in_a_row", (4000,), SYNC, 4000, is_busy=True),
@@ -79,8 +85,10 @@ def works(disk: str) -> list[Work]:
         Work("download of 2 GiB to disk, asyncio", "save_async", (HUGE, saved), ("boxer.py",), 1, "ms"),
         Work("upload of 2 GiB from disk", "upload", (huge,), ("boxer.py", "boxer-sdk", "httpx", "curl"), 1, "ms"),
         Work("upload of 2 GiB from disk, asyncio", "upload_async", (huge,), ("boxer.py", "aiohttp"), 1, "ms"),
-        Work("folder of 2,000 small files", "folder", (small,), ("boxer.py", "boxer-sdk"), 1, "ms"),
-        Work("folder of 2,000 small files, asyncio", "folder_async", (small,), ("boxer.py", "boxer-sdk"), 1, "ms"),
+        Work("folder of 2,000 small files", "folder", (small,), both, 1, "ms"),
+        Work("folder of 2,000 small files, asyncio", "folder_async", (small,), both, 1, "ms"),
+        Work("the same folder, by the clock", "folder", (small,), both, 1, "ms", delay=DELAY),
+        Work("the same folder, asyncio, by the clock", "folder_async", (small,), both, 1, "ms", delay=DELAY),
         Work("import", "import", (), ("boxer.py", "boxer-sdk", "aiohttp", "urllib3", "httpx"), 1, "ms"),
     ]
 
@@ -123,9 +131,9 @@ def nginx(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def sink() -> Iterator[str]:
+def sink(delay: float) -> Iterator[str]:
     """Take uploads and throw them away, in a process of its own; yield the base URL."""
-    program = [sys.executable, __file__, "--sink"]
+    program = [sys.executable, __file__, "--sink", str(delay)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout
@@ -134,15 +142,15 @@ def sink() -> Iterator[str]:
             server.terminate()
 
 
-def serve_sink() -> None:
+def serve_sink(delay: float) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         while True:
-            threading.Thread(target=take, args=(listener.accept()[0],), daemon=True).start()
+            threading.Thread(target=take, args=(listener.accept()[0], delay), daemon=True).start()
 
 
-def take(sock: socket.socket) -> None:
-    """Answer requests on a connection, each once all of it has come."""
+def take(sock: socket.socket, delay: float) -> None:
+    """Answer requests on a connection, each so many seconds after all of it has come."""
     room, rest = bytearray(4 * MIB), b""
     with sock:
         while True:
@@ -164,6 +172,7 @@ def take(sock: socket.socket) -> None:
                 while left > 0:
                     left -= sock.recv_into(room, min(left, len(room)), socket.MSG_TRUNC)
             rest, content = b"", b'{"path":"large"}' if b" /files " in head else json.dumps(ANSWER).encode()
+            time.sleep(delay)
             fields = b"Content-Type: application/json\r\nContent-Length: %d" % len(content)
             sock.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (fields, content))
 
@@ -224,7 +233,8 @@ def measure(rounds: int) -> dict[str, Any]:
         tempfile.TemporaryDirectory(dir=in_memory) as name,
         tempfile.TemporaryDirectory() as disk,
         nginx(Path(name)) as url,
-        sink() as sink_url,
+        sink(0.0) as sink_url,
+        sink(DELAY) as far_sink_url,
     ):
         folder = Path(name)
         folder.chmod(0o755)  # nginx's worker is another user
@@ -239,7 +249,9 @@ def measure(rounds: int) -> dict[str, Any]:
         for number in range(SMALL_FILES):
             (Path(disk) / "small" / f"{number:04}").write_bytes(b"x" * 100)
         for work in works(disk):
-            where = sink_url if work.work.startswith(("upload", "folder")) else url
+            where = url
+            if work.work.startswith(("upload", "folder")):
+                where = far_sink_url if work.delay else sink_url
             told: dict[str, list[dict[str, float]]] = {candidate: [] for candidate in work.candidates}
             with busy() if work.is_busy else contextlib.nullcontext():
                 for _ in range(rounds):
@@ -272,7 +284,7 @@ def line(work: Work, figures: dict[str, dict[str, float]]) -> list[str]:
     ours, scale = figures["boxer.py"], {"µs": 1e6, "ms": 1e3}[work.unit]
     lines = [f"\n{work.title} ({work.unit} of CPU time, and of time by the clock, for each)"]
     for candidate, told in figures.items():
-        ratio = f"{told['cpu'] / ours['cpu']:6.2f} ×"
+        ratio = f"{told[work.measure] / ours[work.measure]:6.2f} ×"
         memory = f"{told['memory'] / MIB:8.1f} MiB" if work.calls == 1 and candidate != "curl" else ""
         failed = f"{told['failed']:.0f} failed" if told["failed"] else ""
         times = f"{told['cpu'] * scale:10.1f}{told['wall'] * scale:10.1f}"
@@ -285,8 +297,8 @@ def table(results: dict[str, Any]) -> str:
     rows = [["", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for work in works(""):
         figures, scale = results["works"][work.title], {"µs": 1e6, "ms": 1e3}[work.unit]
-        ours = figures["boxer.py"]["cpu"]
-        others = (f"{figures[each]['cpu'] / ours:.2f} ×" if each in figures else "" for each in COLUMNS[1:])
+        ours = figures["boxer.py"][work.measure]
+        others = (f"{figures[each][work.measure] / ours:.2f} ×" if each in figures else "" for each in COLUMNS[1:])
         rows.append([work.title, f"{ours * scale:.1f} {work.unit}", *others])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -349,10 +361,10 @@ def main() -> None:
         "--print", choices=("time", "memory"), help="print a table of results.json, and measure nothing"
     )
     parser.add_argument("--readme", action="store_true", help="write the tables of results.json into .bench/README.md")
-    parser.add_argument("--sink", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sink", type=float, metavar="DELAY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.sink:
-        serve_sink()
+    if arguments.sink is not None:
+        serve_sink(arguments.sink)
     file = HERE / "results.json"
     if arguments.print:
         print(TABLES[arguments.print](json.loads(file.read_text("utf-8"))))
