@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from boxer import BoxerClient, BoxerOutputLimitError, BoxerTimeoutError
+from boxer import BoxerClient, BoxerError, BoxerOutputLimitError, BoxerTimeoutError
 
 SECONDS = 20
 SHOWN = 20_000  # characters of each stream, from its end
@@ -31,6 +31,11 @@ def run_python(client: BoxerClient, code: str, files: dict[str, bytes]) -> Ran:
         result = client.run("python:3.12-slim", command, files={**files, "main.py": code}, outputs=True)
     except (BoxerTimeoutError, BoxerOutputLimitError) as error:
         return Ran("", f"{error}", {})
+    except BoxerError as error:
+        if error.result is None:
+            raise
+        result = error.result  # it ran, and its outputs are too many or too large
+        return Ran(result.stdout[-SHOWN:], f"{result.stderr[-SHOWN:]}\n{error}", {})
     late = f"\nstopped after {SECONDS} seconds" if result.exit_code == 124 else ""
     return Ran(result.stdout[-SHOWN:], result.stderr[-SHOWN:] + late, result.outputs)
 

@@ -24,7 +24,7 @@ with open(sys.argv[1], "rb") as tasks, open(sys.argv[2], "ab+") as results, Boxe
             done.add(json.loads(line)["id"])
     results.truncate(end)
 
-    todo = (task for task in map(json.loads, tasks) if task["id"] not in done)
+    todo = (task for task in map(json.loads, filter(bytes.strip, tasks)) if task["id"] not in done)
     command = ["timeout", "20", "python3", "-c"]
     requests = (RunRequest("python:3.12-slim", [*command, task["code"]], tag=task["id"]) for task in todo)
     for request, outcome in client.run_many(requests, concurrency=8, ordered=False):

@@ -27,10 +27,11 @@ CONCURRENCY = 8
 SECONDS = 2
 OUTPUT = 64 * 1024  # bytes
 # `timeout` keeps what was printed until then, and `head` ends a flood, which the server would end by its time limit.
-# The script keeps the program's own exit code; -u keeps nothing in a buffer.
+# The exit code is the program's own, and comes by a descriptor that the program does not have. -u keeps nothing in a
+# buffer.
 SCRIPT = """
-{ timeout -s KILL "$1" python3 -u main.py; echo $? >/tmp/exit-code; } | head -c "$2"
-exit $(cat /tmp/exit-code)
+exec 3>&1
+exit $({ { timeout -s KILL "$1" python3 -u main.py 3>&- 4>&-; echo $? >&4; } | head -c "$2" >&3; } 4>&1)
 """
 COMMAND = ["sh", "-c", SCRIPT, "sh", str(SECONDS), str(OUTPUT + 1)]
 ACCEPTED = "accepted"
