@@ -77,9 +77,9 @@ if sys.version_info < (3, 9):  # noqa: UP036 - the file may have been copied any
 
 import asyncio
 import binascii
-import calendar  # noqa: F401 - email.utils imports it in a call, and then a fork may interrupt that
-import collections
-import concurrent.futures.thread  # noqa: F401 - the same goes for asyncio and its threads
+import calendar
+import collections.abc
+import concurrent.futures.thread  # noqa: F401 - asyncio imports it in a call, and then a fork may interrupt that
 import contextlib
 import contextvars
 import copy
@@ -91,6 +91,7 @@ import errno
 import fnmatch
 import functools
 import html
+import http.client
 import inspect
 import io
 import ipaddress
@@ -117,19 +118,8 @@ import urllib.request
 import urllib.response
 import warnings
 import weakref
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple, Optional, TypeVar, Union, cast
 
@@ -165,7 +155,7 @@ class _Default(enum.Enum):
 
 _OWN = _Default.CLIENT
 
-# What parameters may be given as.
+# The types that parameters accept.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
 Environment = Union[Mapping[str, str], Iterable[str]]
 Network = Union[Literal["none", "sandbox", "host"], str]  # noqa: PYI051 - an editor offers the three
@@ -181,7 +171,8 @@ _LocalPath = Union[str, os.PathLike[str]]
 # ---- Limits ----------------------------------------------------------------------------------------------------------
 
 # Of a request.
-_PIECE = 1024 * 1024  # bytes of content that are read from a file, and sent, at a time
+_PIECE = 1024 * 1024  # bytes of content that are read from a file at a time
+_SEND_SIZE = 64 * 1024  # bytes of content to send at a time: their way through is progress
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
@@ -197,11 +188,13 @@ _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
 _OUTPUT_LIMIT = 10_000  # files in /output
+_NAME_LIMIT = 64 * 1024  # bytes of the path of one of them
 _DEPTH_LIMIT = 64  # folders on the way to one of them, where they go into a local folder
 _LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
 _SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
-_SHOWN_LINES = 6  # of a program's output in an error
+_SHOWN_LINES = 8  # of a program's output in an error
+_SHOWN_OUTPUTS = 20  # names of files in a repr
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
@@ -209,7 +202,7 @@ _REMOVAL_TIME = 10.0  # to remove what a run has left of its own files
 _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
-_TIMER_STEP = 0.002  # by which a timer may ring early
+_TIMER_STEP = 0.002  # by which a timer may ring early: so close to the deadline, it has passed
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
@@ -326,10 +319,10 @@ class RunRequest:
             raise BoxerValidationError("cmd is empty; give the program and its arguments, for instance ['echo', 'hi']")
         self.__dict__.update(  # bypasses the frozen dataclass's __setattr__
             cmd=command,
-            env=_environment(self.env) if self.env else (),
-            cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
+            env=() if self.env is None else _environment(self.env),
+            cwd=None if self.cwd is None else str.__str__(_text("cwd", self.cwd)) or None,
             limits=None if self.limits is None else ResourceLimits(**_limits(self.limits).to_dict()),
-            files=_files(self.files) if self.files else (),
+            files=() if self.files is None else _files(self.files) or (),
             network=None if self.network is None else _text("network", self.network) or None,
             input=None if self.input is None else _input(self.input),
             outputs=_output_names(self.outputs),
@@ -357,12 +350,16 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+_SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>&1"}
+
+
 def _texts(name: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str):
         example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # an entry of env may be a secret
         if name == "cmd":
             with contextlib.suppress(ValueError):  # an unclosed quote
-                example = str(shlex.split(values))
+                words = shlex.split(values)
+                example = str(["sh", "-c", values] if _SHELL_WORDS.intersection(words) else words)
         raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
     if isinstance(values, bytes) or hasattr(values, "keys") or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
@@ -406,7 +403,7 @@ def _files(files: Any) -> Any:
     objects = [id(content) for content in files.values() if hasattr(content, "read")]
     if len(set(objects)) < len(objects):
         raise BoxerValidationError("files has one file object under two names; open the file twice, or give its path")
-    return dict(files)
+    return {str.__str__(name): content for name, content in files.items()}
 
 
 def _input(value: Any) -> Any:
@@ -457,13 +454,16 @@ def _relative_path(name: str, path: Any) -> str:
     return checked
 
 
+_RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str, "wall_ms": int}
+
+
 @dataclass(repr=False)
 class RunResult:
     """What came of a run that ended by itself, whatever its exit code.
 
     exec_id: the name of the run, under which a run with `persist` keeps its outputs.
-    exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why), or 127 where a
-        shell starts it (with `input`, or all outputs).
+    exit_code: the program's; 128 + N after signal N; 128 if it could not be started (`stderr` says why), or 126 or 127
+        where a shell starts it (with `input`, or all outputs).
     stdout, stderr: text; each byte that is not UTF-8 is U+FFFD. Binary results belong in /output.
     wall_ms: milliseconds from the start of the sandbox to its end.
     outputs: what the program wrote to /output, by name, as far as it was requested.
@@ -506,14 +506,13 @@ class RunResult:
         return f"output/{self.exec_id}/{_output_name('path', path)}"
 
 
-_RESULT_TYPES = {"exec_id": str, "exit_code": int, "stdout": str, "stderr": str, "wall_ms": int}
-
-
 def _shortened(value: Any) -> str:
     if isinstance(value, str) and len(value) > _SHOWN_SIZE:
         return f"{value[:_SHOWN_SIZE]!r}… ({len(value):,} characters)"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name!r}: {len(content):,} bytes" for name, content in value.items()) + "}"
+        shown = [f"{name!r}: {len(content):,} bytes" for name, content in list(value.items())[:_SHOWN_OUTPUTS]]
+        more = [f"… ({len(value):,} files)"] if len(value) > _SHOWN_OUTPUTS else []
+        return "{" + ", ".join(shown + more) + "}"
     return repr(value)
 
 
@@ -604,7 +603,7 @@ _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u206
 _UNPRINTABLE = re.compile(f"(?P<escape>{_ESCAPE})|{_CONTROL}")
 # Lines that say nothing of what went wrong: frames of a stack, rules and markers, Node's version.
 _NOISE = (
-    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)(?: \{)?|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v[0-9.]+)"
+    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)(?: \{)?|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v\S+)"
     r"|\s*\+[-+]+ [0-9]+ -+|[\W_]*"
 )
 
@@ -615,10 +614,13 @@ def _printable(text: str, keep: str = "") -> str:
 
 
 def _last_words(output: str) -> str:
-    """Return the last few lines of an output that say something."""
+    """Return a few lines of an output that say something: the last ones, and the first two."""
     lines = [line.rstrip() for line in _printable(output[-_REASON_SIZE * 8 :], keep="\n\t").split("\n")]
-    words = "\n".join([line for line in lines if not re.fullmatch(_NOISE, line)][-_SHOWN_LINES:])
-    return words.strip() if len(words) <= _SHOWN_SIZE else "…" + words[-_SHOWN_SIZE:]
+    lines = [line for line in lines if not re.fullmatch(_NOISE, line)]
+    if len(lines) > _SHOWN_LINES:  # in some languages the message comes before the frames of the stack
+        lines[2 : 2 - _SHOWN_LINES] = ["…"]
+    words = "\n".join(lines).strip()
+    return words if len(words) <= _SHOWN_SIZE else words[: _SHOWN_SIZE // 2] + "…" + words[-_SHOWN_SIZE // 2 :]
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -678,14 +680,16 @@ def _size(content: memoryview | IO[bytes]) -> int | None:
     try:
         content.seek(0, os.SEEK_END)
         return content.tell()
-    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is both of the last
+    except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
         return None
 
 
 def _local_path(name: str, path: Any) -> Path:
     """Check a path on this machine. An empty one comes from a variable that was not set, and is not the folder here."""
-    if not os.fspath(path):
-        raise BoxerValidationError(f"{name} is empty; write '.' for the current folder")
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        what = "has a NUL character in it" if text else "is empty; write '.' for the current folder"
+        raise BoxerValidationError(f"{name} {what}")
     return Path(path)
 
 
@@ -708,25 +712,20 @@ def _local_files(local_path: _LocalPath, remote_path: str | None, exclude: Itera
 
 
 def _walk(root: Path, patterns: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
-    """Yield the parts of the path of what is below a folder, is no folder itself, and is not excluded."""
+    """Yield the path, as its parts, of everything below a folder that is neither a folder nor excluded."""
     folders: list[tuple[str, ...]] = [()]
     while folders:
         parents = folders.pop()
         with os.scandir(root.joinpath(*parents)) as entries:
             for entry in entries:
                 parts = (*parents, entry.name)
-                if any(_matches(parts, pattern) or _matches(parts[-1:], pattern) for pattern in patterns):
+                if any(_matches(some, pattern) for pattern in patterns for some in (parts, parts[-1:])):
                     continue
-                if entry.is_dir(follow_symlinks=False) and not _is_junction(entry):
+                is_junction = getattr(entry, "is_junction", bool)()  # Windows' kind of link, from Python 3.12 on
+                if entry.is_dir(follow_symlinks=False) and not is_junction:
                     folders.append(parts)
                 else:
                     yield parts
-
-
-def _is_junction(entry: os.DirEntry[str]) -> bool:
-    """Tell whether a folder is Windows' kind of link to one."""
-    tag = getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) if os.name == "nt" else 0
-    return bool(tag) and tag == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", None)
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -755,9 +754,9 @@ def _regular_file(path: Path, target: Path) -> Path:
 
 
 def _opened(path: Path | Content) -> Any:
-    """Open a file that was seen to be one, or read it if it is small; other content is as it is.
+    """Return a context manager for content: of a path, the open file, or its bytes if it is small; else as it is.
 
-    Something else may have been put in the file's place since.
+    Something else may have been put in the file's place since it was seen to be a file.
     """
     if not isinstance(path, Path):
         return contextlib.nullcontext(path)
@@ -779,12 +778,13 @@ class _Sink:
     def __init__(self, file: Any) -> None:
         if isinstance(file, io.TextIOBase):
             raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
-        self.is_over = False  # the call has ended, perhaps while a thread still writes
+        self.is_over = False  # set when the call has ended, perhaps while a thread still writes
         self._file = file
         self.written = 0  # bytes so far
-        self.length = math.inf  # of the content in bytes, once that is known
+        self.length = math.inf  # of the content in bytes; set once the response says it
         try:
             self._start = file.tell()
+            _refuse_awaitable(self._start)
             file.seek(self._start)
             _ = file.truncate  # which a rewind needs
         except (AttributeError, OSError, ValueError):
@@ -806,7 +806,7 @@ class _Sink:
         while left:
             if self.is_over:
                 raise BoxerError("the call has ended meanwhile")
-            size = self._file.write(left)
+            size = self._file.write(left if len(left) < len(content) else content)
             _refuse_awaitable(size)
             if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
                 raise BlockingIOError("the file that the download is written to takes nothing more")
@@ -825,43 +825,31 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
                 f"{remote_path!r} ends in a name that no file can have here; give the path of a file"
             )
         target /= name
-    if target.is_dir():
-        raise BoxerValidationError(f"{str(target)!r} is a folder; nothing is written over it")
-    return target
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "no ordinary file"
+        raise BoxerValidationError(f"{str(target)!r} is {what}; nothing is written over it")
+    return target.resolve() if target.is_symlink() else target
 
 
 def _output_target(output_dir: _LocalPath, name: str) -> Path:
     """Return where an output goes below a local folder; make the folders on the way, and go through no link."""
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     *parents, last = name.split("/")
     if len(parents) > _DEPTH_LIMIT:
         raise BoxerError(f"the output {name[:_SHOWN_SIZE]!r} lies more than {_DEPTH_LIMIT} folders deep")
+    resolved = folder.resolve().joinpath(*parents)
     for parent in parents:
         folder /= parent
-        if folder.is_symlink() or folder.resolve() != folder.parent.resolve() / parent:
-            raise BoxerError(f"{str(folder)!r} is a link; no output is written through it")
+        if folder.is_symlink():
+            break
         folder.mkdir(exist_ok=True)
+    if folder.resolve() != resolved:
+        raise BoxerError(f"{str(folder)!r} is a link, or behind one; no output is written through it")
     return folder / last
 
 
 @contextlib.contextmanager
 def _written(target: Path) -> Iterator[IO[bytes]]:
-    """Open what a download goes into: a device or a pipe itself, which must not become a file, or else a new file."""
-    if not target.exists() or target.is_file():
-        with _written_whole(target.resolve() if target.is_symlink() else target) as file:
-            yield file
-        return
-    # A pipe that nobody reads is an error, since to wait for a reader might never end.
-    flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(target, "wb", buffering=0, opener=lambda path, _: os.open(path, flags)) as device:
-        if hasattr(os, "O_NONBLOCK"):  # pragma: no branch - Windows has none
-            os.set_blocking(device.fileno(), True)
-        yield cast("IO[bytes]", device)
-
-
-@contextlib.contextmanager
-def _written_whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside the target, and put it in the target's place once it is whole."""
     temporary = target.with_name(f".boxer-{os.urandom(8).hex()}")
     try:
@@ -871,7 +859,8 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
     except OSError as error:
-        if error.errno is not None:  # a system call has failed: it was about the target, as far as the caller knows
+        # A system call has failed: it was about the target, as far as the caller knows.
+        if error.errno is not None and _is_own(error):
             error.filename = str(target)
         raise
     finally:
@@ -881,15 +870,6 @@ def _written_whole(target: Path) -> Iterator[IO[bytes]]:
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 
-class _Kind(enum.Enum):
-    """What a request asks for, as far as its way through the client depends on that."""
-
-    RUN = "a run without a network: it leaves no trace, so it may be sent again"
-    NETWORKED_RUN = "a run with a network: it may be seen from outside, so it is sent once"
-    DOWNLOAD = "a file: the content of a successful answer may have any size"
-    OTHER = "anything else"
-
-
 class _Request(NamedTuple):
     """A request of one of the endpoints, short of what the client's settings add to it."""
 
@@ -897,7 +877,8 @@ class _Request(NamedTuple):
     target: str  # below the base URL's path
     headers: Mapping[str, str]  # this request's own fields
     body: Union[bytes, _Multipart]
-    kind: _Kind = _Kind.OTHER
+    # A run leaves no trace, so it may be sent again; one with a network may be seen from outside, so it is sent once.
+    kind: Literal["run", "run with a network", "download", "other"] = "other"
     extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
     path: str = ""  # of the file in the server's store that it is about, for the texts of errors
     sink: Optional[_Sink] = None  # what a file is written to; without one, it is the response's content
@@ -919,7 +900,7 @@ def _run_request(run: RunRequest) -> _Request:
     members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
     body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
     headers = {"Content-type": "application/json", "Content-length": str(len(body))}
-    kind = _Kind.RUN if run.network in (None, "none") else _Kind.NETWORKED_RUN
+    kind: Any = "run" if run.network in (None, "none") else "run with a network"
     return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
 
 
@@ -935,7 +916,7 @@ def _upload_request(remote_path: str, content: Content) -> _Request:
 def _download_request(path: str, sink: _Sink | None = None, limit: float = math.inf) -> _Request:
     path = _path("path", path)
     target = f"/files?path={urllib.parse.quote(path, safe='/')}"
-    return _Request("GET", target, {}, b"", _Kind.DOWNLOAD, path=path, sink=sink, content_limit=limit)
+    return _Request("GET", target, {}, b"", "download", path=path, sink=sink, content_limit=limit)
 
 
 class _Multipart:
@@ -987,18 +968,20 @@ _WITH_TEXT = 'exec 3>&2 2>/dev/null; printf %s "$1" | { shift; exec "$@" 2>&3 3>
 _WITH_FILE = 'exec 3>&2 2>/dev/null; { shift; exec "$@" 2>&3 3>&-; } <"$1"'
 _WITH_LIST = (
     'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); c=$?; '
-    "cd /output && find . -type f ! -name NAME -print0 >NAME; exit $c"
+    "cd /output && command -v find >&2 && find . -type f ! -name NAME -print0 >NAME; exit $c"
 )
 
 
 class _Plan:
-    """What a run with content of its own, or outputs, comes to: uploads, the run itself, and what is to be removed."""
+    """The steps of a run that has files, an input or outputs: what to upload, to run, and to remove."""
 
     def __init__(self, run: RunRequest, lists_outputs: bool) -> None:
         folder = f"boxer-{os.urandom(16).hex()}"  # two runs at once never mix
         self.uploads: list[_Upload] = []
+        # How far the uploads are, as `_upload_planned` notes it.
         self.uploaded: list[str] = []  # the remote paths that are there for certain
         self.begun: list[str] = []  # those that may be there
+        self.failure: Exception | None = None  # the first error
         self.list_name = f"{folder}-list" if lists_outputs else ""  # of the list of outputs, in /output
         self.outputs: Sequence[str] = () if isinstance(run.outputs, bool) else run.outputs
         cmd, cwd, files = tuple(run.cmd), run.cwd, run.files
@@ -1014,7 +997,8 @@ class _Plan:
             own += _folders_of(own)
             files = own if len(own) <= _MOUNT_LIMIT else [folder]
             cwd = str(PurePosixPath("/", folder, cwd or ""))  # a relative one is below the folder
-        # The server removes what a run names when that ends with a result; but outputs are to be kept.
+        # The server removes what a run names when that ends with a result, but no folder with something in it.
+        # Outputs are to be kept.
         persist = bool(run.persist or run.outputs or lists_outputs)
         self.server_removes = not persist and files != [folder]
         if run.input is not None:
@@ -1027,7 +1011,7 @@ class _Plan:
             cmd = ("/bin/sh", "-c", script, "sh", argument, *cmd)
         if lists_outputs:
             cmd = ("/bin/sh", "-c", _WITH_LIST.replace("NAME", self.list_name), "sh", *cmd)
-        self.run = replace(run, cmd=cmd, cwd=cwd, files=files, persist=persist, input=None, outputs=(), tag=None)
+        self.run = RunRequest(run.image, cmd, run.env, cwd, run.limits, files, persist, run.network)
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
@@ -1078,14 +1062,11 @@ class _Response:
     asked = ""  # the method and the URL that it answers, for the texts of errors
 
     def __init__(self, head: _Head, content: bytes = b"") -> None:
-        self.code = head.code
-        self.fields = head.fields
+        self.head, self.content = head, content
+        self.code, self.msg, self.fields = head.code, head.reason, head.fields
         self.is_success = 200 <= head.code < 300
-        self.coding = head.fields.get("content-encoding", "").lower()
-        self.is_plain = head.code == 200 and self.coding in ("", "identity")
-        self.content = content
-        self.head = head
-        self.msg = head.reason
+        self.coding = head.fields.get("content-encoding", "").lower() or "identity"
+        self.is_plain = head.code == 200 and self.coding == "identity"
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -1104,25 +1085,24 @@ def _run_result(response: _Response) -> RunResult:
     if response.code == 400 and _reason(response).startswith("file not found"):
         what = "a list in files names what was uploaded; local files go in as a mapping from names to paths"
         raise BoxerAPIError(f"{_reason(response)}; {what}", 400)
-    members = _json_object(response)
+    members = _checked_json(response)
     try:
         result = RunResult(*[members[name] for name in _RESULT_TYPES])
         _text("exec_id", result.exec_id)
         return result
-    except KeyError as error:
-        raise BoxerAPIError(f"the result has no {error}; {_doubt(response)}", response.code) from error
-    except (BoxerValidationError, TypeError) as error:
-        raise BoxerAPIError(f"the result is malformed: {error}; {_doubt(response)}", response.code) from error
+    except (BoxerValidationError, KeyError, TypeError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
+        raise BoxerAPIError(f"the result {what}; {_doubt(response)}", response.code) from error
 
 
 def _check_uploaded(response: _Response) -> None:
-    if not isinstance(_json_object(response).get("path"), str):
+    if not isinstance(_checked_json(response).get("path"), str):
         raise BoxerAPIError(f"nothing says where the file went; {_doubt(response)}", response.code)
 
 
 def _listed_names(response: _Response) -> Sequence[str]:
     """Return the names of outputs from the list that the run has made, and the program may have forged."""
-    if response.code == 404:
+    if _is_missing(response):
         raise BoxerAPIError("the run left no list of its outputs: its image may be without /bin/sh or find", 404)
     names: dict[str, None] = {}
     left_out = []
@@ -1130,7 +1110,7 @@ def _listed_names(response: _Response) -> Sequence[str]:
     if listed.count(b"\0") > _OUTPUT_LIMIT:
         raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none was fetched", response.code)
     for line in listed.split(b"\0")[:-1]:
-        name = line.decode("utf-8", "backslashreplace")[2:]
+        name = line[:_NAME_LIMIT].decode("utf-8", "backslashreplace")[2:]
         parts = tuple(name.split("/"))
         is_as_listed = f"./{name}".encode("utf-8", "replace") == line
         if is_as_listed and not {"", ".", ".."} & set(parts) and Path(name).parts == parts:
@@ -1147,11 +1127,20 @@ def _listed_names(response: _Response) -> Sequence[str]:
 def _file_content(response: _Response) -> bytes:
     if 300 <= response.code < 400 and response.fields.get("location", "").startswith("files/?path="):
         raise BoxerAPIError("the path is a folder; name a file in it", response.code)
-    if response.code == 404 and re.search(r"\?path=/?output/", response.asked):
+    if _is_missing(response) and re.search(r"\?path=/?output/", response.asked):
         raise BoxerAPIError(f"{_reason(response)}; a run's outputs are kept only if it had persist=True", 404)
     if response.code != 200 and response.is_success:
         raise BoxerAPIError(f"{_status(response)} is no whole file", response.code)
     return _checked(response).content
+
+
+def _is_missing(response: _Response) -> bool:
+    """Tell whether the server says that a file is not there; another 404 may come from something on the way."""
+    return response.code == 404 and _server_error(response) is not None
+
+
+def _file_content_or_none(response: _Response) -> bytes | None:
+    return None if _is_missing(response) else _file_content(response)
 
 
 def _checked(response: _Response) -> _Response:
@@ -1159,7 +1148,7 @@ def _checked(response: _Response) -> _Response:
     if not response.is_success:
         reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_doubt(response)}"
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(reason, response.code)
-    if response.coding not in ("", "identity"):
+    if response.coding != "identity":
         message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
     if response.is_cut:
@@ -1167,24 +1156,21 @@ def _checked(response: _Response) -> _Response:
     return response
 
 
-def _json_object(response: _Response) -> dict[str, Any]:
+def _checked_json(response: _Response) -> dict[str, Any]:
     content = _checked(response).content
-    try:
-        return _decoded_json_object(content)
-    except ValueError as error:
+    members = _json_object(content)
+    if members is None:
         shown = f"begins with {_printable(content[:80].decode('utf-8', 'replace'))!r}" if content else "is empty"
         message = f"the answer should be a JSON object, and {shown}; {_doubt(response)}"
-        raise BoxerAPIError(message, response.code) from error
+        raise BoxerAPIError(message, response.code)
+    return members
 
 
-def _decoded_json_object(content: bytes) -> dict[str, Any]:
-    try:
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(MemoryError, RecursionError, ValueError):
         value = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}")
-    return value
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _doubt(response: _Response) -> str:
@@ -1214,10 +1200,7 @@ def _reason(response: _Response) -> str:
 
 def _server_error(response: _Response) -> str | None:
     """Return the text of the server's own `{"error": text}`; None if the content is anything else."""
-    try:
-        error = _decoded_json_object(response.content).get("error")
-    except ValueError:
-        return None
+    error = (_json_object(response.content) or {}).get("error")
     return error if isinstance(error, str) and error.strip() else None
 
 
@@ -1333,7 +1316,7 @@ def _proxy(parts: urllib.parse.SplitResult, authority: str) -> urllib.parse.Spli
     url = proxies.get(parts.scheme)
     if not url or _is_reached_directly(parts.hostname or "", proxies.get("no", "")):
         return None
-    if urllib.request.proxy_bypass(authority):
+    if urllib.request.proxy_bypass(re.sub(r"\.(?=:\d|\Z)", "", authority)):
         return None
     proxy = _split_url(url if "://" in url else f"http://{url}", "the proxy")
     if proxy.scheme != "http":
@@ -1345,6 +1328,7 @@ def _is_reached_directly(host: str, no_proxy: str) -> bool:
     """Tell whether a host is this machine, or an address in one of NO_PROXY's networks, which urllib does not know."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
+        address = getattr(address, "ipv4_mapped", None) or address
     except ValueError:  # a name
         return re.fullmatch(r"(.*\.)?localhost\.?", host) is not None
     for entry in no_proxy.split(","):
@@ -1355,10 +1339,8 @@ def _is_reached_directly(host: str, no_proxy: str) -> bool:
 
 
 def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
-    host, colon, port = authority.rpartition(":")
-    if not colon or port.endswith("]"):
-        host, port = authority, str(default_port)
-    return host.strip("[]"), int(port)
+    parts = urllib.parse.urlsplit(f"//{authority}")
+    return parts.hostname or "", parts.port or default_port
 
 
 _USER_AGENT = f"boxer-sdk/{__version__}"
@@ -1417,7 +1399,7 @@ class _Deadline:
         self._end += seconds
 
     def error(self, peer: str) -> BoxerTimeoutError:
-        return BoxerTimeoutError(f"{peer}: no {self._awaited} within {self._seconds:.4g} s; the client gave up", 0)
+        return BoxerTimeoutError(f"{peer}: no {self._awaited} within {self._seconds:g} s; the client gave up", 0)
 
 
 class _Cancellation:
@@ -1435,7 +1417,7 @@ class _Cancellation:
                 self._interrupt()
 
     def interrupt_by(self, interrupt: Callable[[], Any] | None) -> Callable[[], Any] | None:
-        """Say how to interrupt the waits that follow, now if the call has been cancelled; return what held before."""
+        """Set what ends the next waits, and do so now if the call has been cancelled; return what was set before."""
         with self._lock:
             earlier, self._interrupt = self._interrupt, interrupt
             if self.reason is not None and interrupt is not None:
@@ -1446,8 +1428,8 @@ class _Cancellation:
 class _Options(NamedTuple):
     """What a caller says of how a request is to be sent."""
 
-    timeout: Timeout = _OWN
-    retries: Optional[int] = None
+    seconds: float  # of the timeout
+    retries: Optional[int] = None  # None: the client's own setting
     cancellation: Optional[_Cancellation] = None
 
 
@@ -1483,7 +1465,7 @@ class _Tries:
         self._call = call
         self._retries = retries
         self._made = 0
-        self._races_left = _RACE_TRIES if retries and call.request.kind is _Kind.RUN else 0
+        self._races_left = _RACE_TRIES if retries and call.request.kind == "run" else 0
 
     def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
         """Return the seconds to wait before another try, which the log is told of; None: there is no other."""
@@ -1535,11 +1517,10 @@ def _retry_after(value: str) -> float:
     """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is invalid."""
     if re.fullmatch("[0-9]+", value):
         return float(value)
-    try:
-        date: Any = email.utils.parsedate_tz(value)
-        return email.utils.mktime_tz((*date[:9], date[9] or 0)) - time.time()
-    except (IndexError, OverflowError, TypeError, ValueError):
-        return 0.0
+    date = email.utils.parsedate(value)
+    with contextlib.suppress(OverflowError, ValueError):
+        return calendar.timegm(date) - time.time() if date else 0.0
+    return 0.0
 
 
 # ---- Wire ------------------------------------------------------------------------------------------------------------
@@ -1583,6 +1564,7 @@ class _Decoder:
     is_complete = False
     size = 0  # bytes of content so far
     received = 0  # bytes in all
+    _head: _Head  # of the final response
     _data = b""  # what has arrived,
     _at = 0  # and how much of it is decoded
     _content: io.BytesIO  # its getvalue() shares the buffer: content is in memory once
@@ -1904,12 +1886,13 @@ class _Connection:
         deadline.start_again("progress")
         try:
             while (piece := await self.next_piece(body, pieces)) is not None:
-                self.send(piece)
-                while data := await self.drain():
-                    decoder.feed(data)
-                    if decoder.response is not None:
-                        return False
-                deadline.start_again("progress")
+                for at in range(0, len(piece), _SEND_SIZE):
+                    self.send(memoryview(piece)[at : at + _SEND_SIZE])
+                    while data := await self.drain():
+                        decoder.feed(data)
+                        if decoder.response is not None:
+                            return False
+                    deadline.start_again("progress")
         except _ConnectionEnd:  # `receive` will raise it again, after any early answer
             self.call.check(self.peer)
             return False
@@ -1921,7 +1904,7 @@ class _Connection:
         try:
             while not decoder.is_complete:
                 decoder.feed(await self.receive())
-                if call.request.kind is _Kind.DOWNLOAD and decoder.size > size and decoder.is_success:
+                if call.request.kind == "download" and decoder.size > size and decoder.is_success:
                     size = decoder.size
                     call.deadline.start_again("progress")
                     await self._save(decoder)
@@ -1933,8 +1916,8 @@ class _Connection:
             call.check(self.peer)
             loss = end.loss
             if self.is_tls and loss is None and decoder.response is not None:
-                # asyncio cannot tell whether TLS was closed properly or cut off, so neither client counts on it.
-                loss = _LostError("over TLS, the end of the connection is not known to be the end of the content")
+                # asyncio cannot tell whether TLS was closed properly, so neither client counts on it.
+                loss = _LostError("the answer has no length, and over TLS its end cannot be told from a cut")
             decoder.end(loss)
         assert decoder.response is not None
         return decoder.response
@@ -1988,7 +1971,7 @@ def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
 
 def _keep_alive(sock: Any) -> None:
     """Have TCP find out within a minute that the peer, or a NAT between, has forgotten the connection."""
-    with contextlib.suppress(OSError):
+    with _without_errors():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
@@ -2010,6 +1993,16 @@ def _system_errors() -> Iterator[None]:
         raise _ConnectionEnd(error) from error
 
 
+@contextlib.contextmanager
+def _without_errors() -> Iterator[None]:
+    """Let a system call fail, but let pass what a signal handler raises meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_of_the_system(error):
+            raise
+
+
 def _is_of_the_system(error: OSError) -> bool:
     """Tell a failed system call from an OSError that code of the caller's raised during one."""
     is_for_certain = isinstance(error, (socket.gaierror, ssl.SSLError))
@@ -2028,7 +2021,7 @@ def _is_own(error: BaseException) -> bool:
         trace = trace.tb_next
     others = {name.partition(".")[0] for name in modules - {__name__}}
     files = {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
-    return others <= {"asyncio", "concurrent", "contextlib", "socket", "ssl", "urllib", "uvloop", *files}
+    return others <= {"asyncio", "concurrent", "contextlib", "gevent", "socket", "ssl", "urllib", "uvloop", *files}
 
 
 class _Pool:
@@ -2233,7 +2226,7 @@ class _Client:
         self._origin = _origin(base_url, self._settings["headers"])
         self._context = _tls_context(self._origin.scheme, ssl_context)
         self._pools: dict[Any, Any] = {}  # of the asyncio client, by event loop
-        self._opened: Callable[..., Any] = _opened  # the command line counts what is read
+        self._open_content: Callable[..., Any] = _opened  # the command line counts what is read
         self._is_closed = False
         self._needs_closing = True
         self._token = os.urandom(8).hex()  # its copies in other processes have the same
@@ -2260,19 +2253,18 @@ class _Client:
     def _options(self, timeout: Timeout = _OWN, retries: int | None = None) -> _Options:
         """Begin a call of a public method. A client that is closed later ends it with BoxerConnectionError."""
         self._check_open()
-        return _Options(timeout, retries)
+        seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
+        return _Options(seconds, None if retries is None else _whole_number("retries", retries))
 
     def _new_call(self, request: _Request, options: _Options) -> _Call:
-        timeout = options.timeout
-        seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
-        return _Call(request, _Deadline(seconds + request.extra_time), options.cancellation or _Cancellation())
+        deadline = _Deadline(options.seconds + request.extra_time)
+        return _Call(request, deadline, options.cancellation or _Cancellation())
 
     async def _exchange(self, request: _Request, interpret: Callable[[_Response], _T], options: _Options) -> _T:
         """Send a request, again if that is called for, and interpret the last response."""
-        if options.retries is not None:
-            retries = _whole_number("retries", options.retries)
-        else:
-            retries = 0 if request.kind is _Kind.NETWORKED_RUN else self._settings["retries"]
+        retries = options.retries
+        if retries is None:
+            retries = 0 if request.kind == "run with a network" else self._settings["retries"]
         call, pool = self._new_call(request, options), self._current_pool()
         asked = f"{request.method} {self._origin.url}{request.target}"
         pool.calls.add(call)
@@ -2333,27 +2325,26 @@ class _Client:
                         raise BoxerTimeoutError(f"the server was not ready in time: {reason}", 0) from reason
                 pause = min(1.5 * pause, 5.0)
                 await pool.pause(call, min(pause, call.deadline.left / 2))  # more often towards the end
-                call.check(call.request.name)
+                if call.cancellation.reason is not None:
+                    call.check(call.request.name)
         finally:
             pool.calls.discard(call)
 
-    async def _upload_all(self, uploads: Sequence[_Upload], options: _Options, plan: _Plan | None = None) -> list[str]:
+    async def _upload(self, item: _Upload, options: _Options) -> None:
+        path, content = item
+        with self._open_content(content) as opened:
+            await self._exchange(_upload_request(path, opened), _check_uploaded, options)
+
+    async def _upload_all(
+        self, uploads: Sequence[_Upload], options: _Options, upload: Callable[[_Upload, _Options], Awaitable[None]]
+    ) -> list[str]:
         """Upload files, several at a time, and return their remote paths."""
-
-        async def upload(item: _Upload, cancellation: _Cancellation | None) -> None:
-            path, content = item
-            if plan is not None:
-                plan.begun.append(path)
-            with self._opened(content) as opened:
-                request = _upload_request(path, opened)
-                await self._exchange(request, _check_uploaded, options._replace(cancellation=cancellation))
-            if plan is not None:
-                plan.uploaded.append(path)
-
         if len(uploads) == 1:
-            await upload(uploads[0], options.cancellation)  # without a thread: none can start at the interpreter's exit
+            await upload(uploads[0], options)  # without a thread: none can start at the interpreter's exit
         elif uploads:
-            workers = self._new_workers(upload, _UPLOADS_AT_A_TIME)
+            workers = self._new_workers(
+                lambda item, cancellation: upload(item, options._replace(cancellation=cancellation)), _UPLOADS_AT_A_TIME
+            )
             if options.cancellation is not None:
                 options.cancellation.interrupt_by(workers.cancel)
             async for _ in _each(workers, uploads, is_ordered=False):
@@ -2377,8 +2368,8 @@ class _Client:
         if output_dir is not None:
             if run.outputs:
                 raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
-            _local_path("output_dir", output_dir)
             _check_shell_names(run.env)
+            _local_path("output_dir", output_dir).mkdir(parents=True, exist_ok=True)
         contents = run.files.values() if isinstance(run.files, dict) else ()
         make_plan: Callable[[], _Plan] = functools.partial(_Plan, run, run.outputs is True or output_dir is not None)
         if all(isinstance(content, (bytes, bytearray, memoryview, str)) for content in contents):
@@ -2386,11 +2377,12 @@ class _Client:
         else:
             plan = await self._do_blocking(options, make_plan)
         try:
-            await self._upload_all(plan.uploads, options, plan)
+            await self._upload_all(plan.uploads, options, functools.partial(self._upload_planned, plan))
+            if plan.failure is not None:
+                raise plan.failure  # noqa: TRY301 - the same is to be done after any error
             result = await self._exchange(_run_request(plan.run), _run_result, options)
         except Exception as error:
-            is_lost = isinstance(error, BoxerConnectionError) or getattr(error, "status_code", None) == 0
-            if not is_lost:  # else what was sent may still be in use
+            if not _may_go_on(error):
                 await self._remove(plan, options)
             raise
         if not plan.server_removes:
@@ -2401,6 +2393,19 @@ class _Client:
             error.result = result
             raise
         return result
+
+    async def _upload_planned(self, plan: _Plan, item: _Upload, options: _Options) -> None:
+        """Upload a file of a run. When one fails, those under way go on, or they might be stored after the removal."""
+        if plan.failure is not None:
+            return
+        plan.begun.append(item[0])
+        try:
+            await self._upload(item, options)
+            plan.uploaded.append(item[0])
+        except Exception as error:
+            if _may_go_on(error):
+                raise
+            plan.failure = error
 
     async def _remove(self, plan: _Plan, options: _Options) -> None:
         """Have the server remove a run's own files. Whatever comes of it, the call's result or error stays."""
@@ -2426,18 +2431,15 @@ class _Client:
             if output_dir is not None:
                 await self._save_output(path, output_dir, name, options)
                 continue
-            try:
-                content = await self._exchange(_download_request(path, limit=left), _file_content, options)
-            except BoxerAPIError as error:
-                if error.status_code == 404 and not plan.list_name:
-                    continue  # the program did not write it
-                raise
-            result.outputs[name] = content
-            left -= len(content)
+            interpret = _file_content if plan.list_name else _file_content_or_none
+            content = await self._exchange(_download_request(path, limit=left), interpret, options)
+            if content is not None:  # else the program did not write it
+                result.outputs[name] = content
+                left -= len(content)
 
     async def _save_output(self, path: str, output_dir: _LocalPath, name: str, options: _Options) -> None:
         try:
-            with _written_whole(_output_target(output_dir, name)) as file:
+            with _written(_output_target(output_dir, name)) as file:
                 await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
         except (OSError, UnicodeError) as error:
             if isinstance(error, OSError) and not _is_of_the_system(error):
@@ -2445,10 +2447,8 @@ class _Client:
             raise BoxerError(f"the output {name!r} could not be written to {output_dir}: {error}") from error
 
     async def _download_path(self, path: str, local: Any, options: _Options) -> None:
-        if hasattr(local, "write"):
-            await self._exchange(_download_request(path, _Sink(local)), _file_content, options)
-            return
-        with _written(_target_path(_path("path", path), local)) as file:
+        is_file = hasattr(local, "write") and not isinstance(local, os.PathLike)
+        with contextlib.nullcontext(local) if is_file else _written(_target_path(_path("path", path), local)) as file:
             await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
 
     def _run_many(
@@ -2477,6 +2477,11 @@ class _Client:
     _do_blocking: Callable[..., Awaitable[Any]]  # call a function that looks at local files, which takes time
     _new_workers: Callable[[Callable[[Any, _Cancellation], Awaitable[Any]], int], _Workers]
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
+
+
+def _may_go_on(error: Exception) -> bool:
+    """Tell whether what was sent may still be in use by the server after an error."""
+    return isinstance(error, BoxerConnectionError) or getattr(error, "status_code", None) == 0
 
 
 def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
@@ -2511,7 +2516,7 @@ class _Job:
 class _Workers:
     """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
 
-    fetch: Callable[[AsyncIterator[Any]], _Job]  # ask for an item, which will be the result
+    fetch: Callable[[collections.abc.AsyncIterator[Any]], _Job]  # ask for an item, which will be the result
     start: Callable[[Any], _Job]  # call the function with an item
     next_done: Callable[[], Awaitable[_Job]]  # wait for the next one that is done
     cancel: Callable[[], None]  # the calls that are going on
@@ -2541,7 +2546,7 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
                 fetching, running = None, running + 1
                 started[workers.start(done.result)] = None
             elif isinstance(done.error, StopAsyncIteration):
-                fetching, has_more = None, False
+                fetching, has_more, done.error = None, False, None  # its traceback would keep what has been sent
                 continue
             for job in list(started):
                 if job.is_done and job.error is None:
@@ -2582,6 +2587,9 @@ def _blocking_iterator(results: AsyncGenerator[_T, None]) -> Generator[_T, None,
             yield result
     finally:
         _run_to_completion(results.aclose())
+
+
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class _SyncConnection(_Connection):
@@ -2643,11 +2651,11 @@ class _SyncConnection(_Connection):
                 sent = self._socket.send(self._unsent)
                 self.sent += sent
                 self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS has to be told something first
         except OSError as error:
             if not _is_of_the_system(error):
                 raise
+            if isinstance(error, _WOULD_BLOCK):
+                return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS has to be told something first
             self._loss = self._loss or error
         return ""
 
@@ -2671,14 +2679,12 @@ class _SyncConnection(_Connection):
         """Return what has arrived, b"" if nothing has."""
         try:
             data: bytes = self._socket.recv(_RECEIVE_SIZE)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if self._loss is not None:  # nothing more arrives than has
-                raise _ConnectionEnd(self._loss) from None
-            return b""
         except OSError as error:
             if not _is_of_the_system(error):
                 raise
-            self._loss = self._loss or error
+            if isinstance(error, _WOULD_BLOCK) and self._loss is None:
+                return b""
+            self._loss = self._loss or error  # if it was lost before, nothing more arrives than has
             raise _ConnectionEnd(self._loss) from error
         if not data:
             raise _ConnectionEnd(self._loss)
@@ -2693,14 +2699,16 @@ class _SyncConnection(_Connection):
         return not _wait_for(self.fileno(), "r", 0)
 
     def close(self) -> None:
-        self.abort()
-        if self._socket is not None:
-            self._socket.close()
+        try:
+            self.abort()
+        finally:
+            if self._socket is not None:
+                self._socket.close()
 
     def abort(self) -> None:
         self._loss = self._loss or ConnectionAbortedError("broken off by this client")
         if self._socket is not None:
-            with contextlib.suppress(OSError):  # the connection may be closed already
+            with _without_errors():  # the connection may be closed already
                 # SSLSocket's own shutdown would forget its TLS, which another thread may be using.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
@@ -2732,7 +2740,7 @@ class _SyncPool(_Pool):
         """Let the wait count if the call was made within another one of its thread, which it keeps from going on."""
         outer = [other for other in list(self.calls) if other.thread == call.thread and other is not call]
         if sum(other in self._busy for other in outer) == self._size:
-            what = "it was made within calls of its own thread, which hold every connection, so waiting would never end"
+            what = "calls of this same thread hold every connection, so that this one would wait for ever"
             raise BoxerConnectionError(f"{call.request.name}: {what}", request_sent=False)
         return max(0.0, call.deadline.left) if outer else None
 
@@ -2798,7 +2806,7 @@ class _SyncWorkers(_Workers):
         job.is_done = True
         self._done.put(job)
 
-    def fetch(self, source: AsyncIterator[Any]) -> _Job:
+    def fetch(self, source: collections.abc.AsyncIterator[Any]) -> _Job:
         job = _Job()
         self._finish(job, source.__anext__())
         if not isinstance(job.error, (Exception, type(None))):
@@ -2891,8 +2899,10 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         try:
             reason = getattr(response, "msg", "")
             return self.parent.error("http", request, response, response.code, reason, response.info())
-        except ValueError:  # urllib's own handlers raise it for a challenge that they cannot read
-            return response
+        except (IndexError, ValueError) as error:
+            if not _is_own(error):
+                raise
+            return response  # urllib's own handlers raise these for a challenge that they cannot read
 
     https_response = http_response
 
@@ -3090,7 +3100,8 @@ class BoxerClient(_Client):
         deadline of its own.
         """
         options = self._options(timeout, retries)
-        return _run_to_completion(self._upload_all(_local_files(local_path, remote_path, exclude), options))
+        uploads = _local_files(local_path, remote_path, exclude)
+        return _run_to_completion(self._upload_all(uploads, options, self._upload))
 
     def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
@@ -3149,7 +3160,7 @@ def _adopted(response: Any, authority: str) -> _Response:
         if getattr(response, "fp", None) is not None:
             with response:
                 content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise BoxerConnectionError(f"{authority}: {error}") from error
     return _Response(_Head(response.code, str(reason or ""), lines, _combined(lines)), content)
 
@@ -3287,7 +3298,8 @@ class _AsyncConnection(_Connection):
         await _within(self.call.deadline.left, _in_thread(sink.write, content), self.call)
 
     def send(self, data: _Piece) -> None:
-        self._writers[-1].write(data)
+        if not self._is_cut:
+            self._writers[-1].write(data)
         if self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended):
             self._is_cut = True
         else:
@@ -3365,13 +3377,26 @@ class _AsyncConnection(_Connection):
         return int(self._tcp.transport.get_extra_info("socket").fileno())
 
 
-async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Callable[[], Any] | None = None) -> _T:
+async def _within(
+    seconds: float,
+    coroutine: collections.abc.Coroutine[Any, Any, _T],
+    call: _Call,
+    end: Callable[[], Any] | None = None,
+) -> _T:
     """Do what asyncio.wait_for does, which can lose a cancellation before Python 3.12; let the call be cancelled, too.
 
-    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the awaitable; by default it is cancelled.
+    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the coroutine; by default it is cancelled.
     """
-    task = asyncio.ensure_future(awaitable)
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the loop reports what nobody asks for
+
+    async def outcome() -> tuple[Any, Exception | None]:
+        # An error is returned, since a task factory of the program's may have put code of its own around this.
+        try:
+            return await coroutine, None
+        except Exception as error:  # noqa: BLE001 - it is raised below
+            return None, error
+
+    task = asyncio.ensure_future(outcome())
+    task.add_done_callback(lambda _: coroutine.close())  # it warns if it has not begun
 
     def interrupt() -> None:
         if not task.done() and not task.get_loop().is_closed():
@@ -3392,7 +3417,10 @@ async def _within(seconds: float, awaitable: Awaitable[_T], call: _Call, end: Ca
         await asyncio.wait((task,))
     if not done or task.cancelled() or call.cancellation.reason is not None:
         raise _ConnectionEnd(TimeoutError("timed out"))
-    return task.result()
+    result, failure = task.result()
+    if failure is not None:
+        raise failure
+    return cast("_T", result)
 
 
 async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
@@ -3491,7 +3519,7 @@ class _AsyncWorkers(_Workers):
         self._active: set[asyncio.Task[None]] = set()
         self._done: asyncio.Queue[_Job] | None = None  # made in the loop, as Python 3.9 wants it
 
-    def fetch(self, source: AsyncIterator[Any]) -> _Job:
+    def fetch(self, source: collections.abc.AsyncIterator[Any]) -> _Job:
         return self._begin(_Job(), source.__anext__)
 
     def start(self, item: Any) -> _Job:
@@ -3600,7 +3628,7 @@ class AsyncBoxerClient(_Client):
 
     def run_many(
         self,
-        requests: Union[Iterable[RunRequest], AsyncIterable[RunRequest]],
+        requests: Union[Iterable[RunRequest], collections.abc.AsyncIterable[RunRequest]],
         *,
         concurrency: int = 8,
         ordered: bool = True,
@@ -3647,7 +3675,7 @@ class AsyncBoxerClient(_Client):
         """
         options = self._options(timeout, retries)
         uploads = await self._do_blocking(options, _local_files, local_path, remote_path, exclude)
-        return await self._upload_all(uploads, options)
+        return await self._upload_all(uploads, options, self._upload)
 
     async def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
@@ -3705,8 +3733,8 @@ class AsyncBoxerClient(_Client):
 _TIME_IS_UP, _OURS, _INTERRUPTED = 124, 125, 130  # exit codes that are not the program's, as `docker run` has them
 _FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # a loop of links is a RuntimeError before Python 3.13
 _HINTS = {
-    0: "; --timeout, or --wait, waits longer",
-    408: "; --time-limit gives it more time, unless it waits because it wrote too much, which -o could take",
+    0: "; --timeout (or --wait) waits longer",
+    408: "; --time-limit gives it more time; if it printed a lot, have it write to /output, and fetch that with -o",
     507: "; what a program writes to a file in /output can be fetched with -o",
 }
 _OPTIONS = {  # by the parameters that the texts of errors name
@@ -3750,7 +3778,7 @@ def _command_line(arguments: Sequence[str] | None) -> Any:
         options.words = options.words[options.words[:1] == ["--"] :]
     else:  # argparse leaves over the words behind an option that follows a word
         options.words += [word for word in more if word == "-" or not word.startswith("-")]
-        more = [word for word in more if word not in options.words]
+        more = [word for word in more if word != "-" and word.startswith("-")]
     if more:
         options.error(f"there is no option {more[0]}")
     if len(options.words) not in options.counts:
@@ -3784,8 +3812,8 @@ def _parser() -> Any:
     _add_common_options(parser.add_argument, "early_headers", None)
     parser.set_defaults(timeout=120.0, retries=2, env=[])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
-    for function, words, counts, add_options, example in _COMMANDS:
-        name, text = function.__name__[1:], function.__doc__ or "(python -OO drops this text)."
+    for name, function, words, counts, add_options, example in _COMMANDS:
+        text = function.__doc__ or "(python -OO drops this text)."
         examples.append(f"  boxer {name} {example}")
         settings.update(usage=f"boxer {name} [options] {words}", epilog=f"example:\n{examples[-1]}", description=text)
         command = commands.add_parser(name, help=text[0].lower() + text[1:-1], **settings)
@@ -3806,13 +3834,13 @@ def _add_common_options(add: Any, headers: str, default: Any) -> None:
     text = "a header field for each request; repeatable"
     add("--header", action="append", dest=headers, default=[], metavar="'N: V'", help=text)
     add("--ca", default=default, metavar="FILE", help="for https: certificates to trust in place of the system's")
-    text = "how often to try again what the server did not begin; default: 2"
+    text = "how often to try again if the server is busy or cannot be reached; default: 2"
     add("--retries", type=int, default=default, metavar="N", help=text)
     add("-v", action="store_true", dest="is_verbose", default=default, help="say more: a line for each request")
     add("-q", action="store_true", dest="is_quiet", default=default, help="say nothing but errors")
 
 
-def _add_run_options(add: Any) -> None:
+def _run_options(add: Any) -> None:
     add("-e", action="append", dest="env", default=[], metavar="K=V", help="an environment variable; repeatable")
     text = "a file or folder for the run's own folder, where it starts; `-f .` is what is in that folder; repeatable"
     add("-f", action="append", dest="files", default=[], metavar="LOCAL[:NAME]", help=text)
@@ -3826,7 +3854,7 @@ def _add_run_options(add: Any) -> None:
     add("--pids", type=int, dest="pids_limit", metavar="N", help="processes and threads")
     add("--nofile", type=int, metavar="N", help="open files")
     add("--network", metavar="NAME", help="none (the default), sandbox or host")
-    add("--json", action="store_true", help="print one JSON object, for an error too, a wrong usage aside")
+    add("--json", action="store_true", help="print one JSON object, for errors too (but not for a wrong usage)")
 
 
 def _add_exclude(add: Any) -> None:
@@ -3834,7 +3862,7 @@ def _add_exclude(add: Any) -> None:
     add("--exclude", action="append", default=[], metavar="PATTERN", help=text)
 
 
-def _run(options: Any) -> int:
+def _do_run(options: Any) -> int:
     """Run a command in a new sandbox: its output and exit code become this program's own."""
     result, error = None, None
     try:
@@ -3857,28 +3885,21 @@ def _run(options: Any) -> int:
 
 
 def _result(options: Any) -> RunResult:
-    with _client(options) as (client, progress):
-        files = _named_files(options)
-        if options.output_dir is not None:
-            Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-        given = {name: getattr(options, name) for name in ("env", "cwd", "network", "output_dir")}
-        given["limits"] = {name: getattr(options, name) for name in ResourceLimits.__dataclass_fields__}
-        if options.has_input and sys.stdin is None:
-            raise BoxerValidationError("there is no standard input for -i")
-        given["input"] = b"".join(_standard_input()) if options.has_input else None
-        sizes = [file.stat().st_size for file in files.values()]
-        with progress.shown("running", lambda: sum(sizes)):
-            return client.run(options.words[0], options.words[1:], files=files, **given)
+    files = _named_files(options)
+    given = {name: getattr(options, name) for name in ("env", "cwd", "network", "output_dir")}
+    given["limits"] = {name: getattr(options, name) for name in ResourceLimits.__dataclass_fields__}
+    given["input"] = _standard_input() if options.has_input else None
+    with _client_with_progress(options, "running") as (client, progress):
+        progress.total = functools.partial(int, sum(file.stat().st_size for file in files.values()))
+        return client.run(options.words[0], options.words[1:], files=files, **given)
 
 
-def _standard_input() -> Iterator[bytes]:
-    piece: bytes | None = None
-    while piece != b"":
-        piece = sys.stdin.buffer.read(_PIECE)
-        if piece is None:  # it does not block, and nothing has come yet
-            _wait_for(sys.stdin.fileno(), "r", 1.0)
-        else:
-            yield piece
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise BoxerValidationError("there is no standard input for -i")
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # what is not a descriptor's needs none of this
+        os.set_blocking(sys.stdin.fileno(), True)
+    return sys.stdin.buffer.read()
 
 
 def _named_files(options: Any) -> dict[str, Path]:
@@ -3897,47 +3918,40 @@ def _named_files(options: Any) -> dict[str, Path]:
     return files
 
 
-def _upload(options: Any) -> int:
+def _do_upload(options: Any) -> int:
     """Upload a file or folder into the server's store, and print the remote paths."""
     local, remote = [*options.words, None][:2]
-    with _client(options) as (client, progress):
+    with _client_with_progress(options, "uploading") as (client, progress):
         files = _local_files(local, remote, options.exclude)
-        sizes = [file.stat().st_size for _, file in files]
-        with progress.shown("uploading", lambda: sum(sizes)):
-            paths = _run_to_completion(client._upload_all(files, _Options()))  # noqa: SLF001 - its own
+        progress.total = functools.partial(int, sum(file.stat().st_size for _, file in files))
+        paths = _run_to_completion(client._upload_all(files, client._options(), client._upload))  # noqa: SLF001 - its own
     _write(sys.stdout, "".join(f"{path}\n" for path in paths).encode())
     return 0
 
 
-def _download(options: Any) -> int:
+def _do_download(options: Any) -> int:
     """Download a file from the server's store; LOCAL may be a folder, or - for standard output."""
     remote, local = [*options.words, "."][:2]
-    with _client(options) as (client, progress):
-        if local == "-":
+    with _client_with_progress(options, "downloading") as (client, progress):
+        place: Any = contextlib.nullcontext(types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
+        if local == "-":  # it has no position, since it cannot be rewound: a file that it is appended to would be cut
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
-            # It has no position, since it cannot be rewound: a file that it is appended to would be cut.
-            return _fetch(client, progress, remote, types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
-        with _written(_target_path(_path("REMOTE", remote), local)) as file:
-            return _fetch(client, progress, remote, file)
-
-
-def _fetch(client: BoxerClient, progress: _Progress, remote: str, file: Any) -> int:
-    sink = _Sink(file)
-    progress.positions[sink] = lambda: sink.written
-    with progress.shown("downloading", lambda: sink.length):
-        request = _download_request(remote, sink)
-        _run_to_completion(client._exchange(request, _file_content, _Options()))  # noqa: SLF001 - its own
+        else:
+            place = _written(_target_path(_path("REMOTE", remote), local))
+        with place as file:
+            request = _download_request(remote, sink := _Sink(file))
+            progress.total, progress.positions[sink] = lambda: sink.length, lambda: sink.written
+            _run_to_completion(client._exchange(request, _file_content, client._options()))  # noqa: SLF001 - its own
     return 0
 
 
-def _health(options: Any) -> int:
+def _do_health(options: Any) -> int:
     """Ask whether the server is well, or wait until it is."""
-    with _client(options) as (client, progress):
+    with _client_with_progress(options, "waiting") as (client, _):
         if options.wait is None:
-            _run_to_completion(client._exchange(_HEALTH_REQUEST, _checked, _Options(retries=0)))  # noqa: SLF001
+            _run_to_completion(client._exchange(_HEALTH_REQUEST, _checked, client._options(retries=0)))  # noqa: SLF001
         else:
-            with progress.shown("waiting", lambda: 0.0):
-                client.wait_until_ready(options.wait)
+            client.wait_until_ready(options.wait)
     _write(sys.stdout, b"ok\n")
     return 0
 
@@ -3946,33 +3960,39 @@ def _add_wait(add: Any) -> None:
     add("--wait", type=float, metavar="S", help="wait up to S seconds until it is")
 
 
-# Of each command: its function, arguments and their number, options, and an example.
+# Of each command: its name, function, arguments and their number, options, and an example.
 _COMMANDS: Any = [
-    (_run, "IMAGE COMMAND [ARG ...]", range(2, sys.maxsize), _add_run_options, "-f . python:3.12-slim python3 main.py"),
-    (_upload, "LOCAL [REMOTE]", range(1, 3), _add_exclude, "src lib/src --exclude .git --exclude '*.pyc'"),
-    (_download, "REMOTE [LOCAL]", range(1, 3), lambda _: None, "output/ID/result.json"),
-    (_health, "", range(1), _add_wait, "--wait 60"),
+    ("run", _do_run, "IMAGE COMMAND [ARG...]", range(2, sys.maxsize), _run_options, "-f . python:3.12 python3 main.py"),
+    ("upload", _do_upload, "LOCAL [REMOTE]", range(1, 3), _add_exclude, "src lib/src --exclude .git --exclude '*.pyc'"),
+    ("download", _do_download, "REMOTE [LOCAL]", range(1, 3), lambda _: None, "output/ID/result.json"),
+    ("health", _do_health, "", range(1), _add_wait, "--wait 60"),
 ]
 
 
 @contextlib.contextmanager
-def _client(options: Any) -> Iterator[tuple[BoxerClient, _Progress]]:
-    """Give a client with the settings of a command line; what it logs goes to standard error meanwhile."""
+def _client_with_progress(options: Any, work: str) -> Iterator[tuple[BoxerClient, _Progress]]:
+    """Give a client with the settings of a command line; what it logs, and how far it is, is shown meanwhile."""
     try:
         context = ssl.create_default_context(cafile=options.ca) if options.ca else None
     except OSError as error:
         raise BoxerValidationError(f"--ca {options.ca}: {error.strerror}") from error
     settings = {"headers": options.headers, "retries": options.retries, "ssl_context": context}
-    progress, level = _Progress(), _LOG.level
+    progress, level, is_over = _Progress(), _LOG.level, threading.Event()
     progress.is_shown = getattr(sys.stderr, "isatty", bool)() and not options.is_quiet
+    thread = threading.Thread(target=progress.show, args=(work, is_over), daemon=True)
+    if progress.is_shown:
+        thread.start()
     _LOG.addHandler(progress)
     _LOG.setLevel(logging.DEBUG if options.is_verbose else logging.ERROR if options.is_quiet else logging.WARNING)
     try:
         with BoxerClient(options.url, options.timeout, **settings) as client:
             if progress.is_shown:
-                client._opened = progress.opened  # noqa: SLF001 - its own
+                client._open_content = progress.opened  # noqa: SLF001 - its own
             yield client, progress
     finally:
+        is_over.set()
+        if thread.ident is not None:
+            thread.join()
         _LOG.removeHandler(progress)
         _LOG.setLevel(level)
 
@@ -3985,6 +4005,7 @@ class _Progress(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.positions: dict[Any, Callable[[], int]] = {}  # how much of each file has moved
+        self.total: Callable[[], float] = int  # how much there is to move
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(f"{_ERASE if self.is_shown else ''}boxer: {record.getMessage()}\n")
@@ -3998,28 +4019,18 @@ class _Progress(logging.Handler):
             yield file
             self.positions[key] = functools.partial(int, file.tell())
 
-    @contextlib.contextmanager
-    def shown(self, work: str, total: Callable[[], float]) -> Iterator[None]:
+    def show(self, work: str, is_over: threading.Event) -> None:
         """Show how far some work is while it goes on, once it has taken a moment."""
-        is_over = threading.Event()
-        thread = threading.Thread(target=self._show, args=(work, total, is_over), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            is_over.set()
-            thread.join()
-
-    def _show(self, work: str, total: Callable[[], float], is_over: threading.Event) -> None:
         begin, line = time.monotonic(), ""
-        while self.is_shown and not is_over.wait(_PROGRESS_PAUSE if line else _PROGRESS_DELAY):
+        while not is_over.wait(_PROGRESS_PAUSE if line else _PROGRESS_DELAY) and self.is_shown:
             seconds = time.monotonic() - begin
             with contextlib.suppress(OSError, ValueError):  # a file has just been closed, or has no position
                 done = sum(position() for position in list(self.positions.values())) / 2**20
-                of = total() / 2**20
+                of = self.total() / 2**20
                 moved = f"{done:.1f}{f' of {of:.1f}' if of < math.inf else ''} MiB, {done / seconds:.1f} MiB/s, "
-                line = f"{_ERASE}{work}: {moved if done != of else ''}{seconds:.0f} s"
-                _say(line)
+                line = f"{work}: {moved if done != of else ''}{seconds:.0f} s"
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                _say(_ERASE + line[: width - 1])  # a longer one would wrap
         _say(line and _ERASE)
 
 
@@ -4056,7 +4067,9 @@ def _explained(error: BaseException) -> str:
         text = re.sub("|".join(_OPTIONS), lambda match: _OPTIONS[match[0]], text)
     if isinstance(error, BoxerConnectionError) and not error.request_sent:
         is_proxys = text.startswith("the proxy")
-        text += "; http_proxy names it" if is_proxys else "; is a server there? --url or BOXER_URL says where"
+        hint = "http_proxy names it" if is_proxys else "is a server there? --url or BOXER_URL says where"
+        is_untrusted = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+        text += "; --ca FILE trusts the certificates in FILE" if is_untrusted else f"; {hint}"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror or text}"
     return " ".join(_printable(text + _HINTS.get(getattr(error, "status_code", -1), "")).split())

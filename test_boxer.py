@@ -3193,7 +3193,7 @@ def test_the_shell_can_list_the_outputs_whatever_their_names(server: Any) -> Non
     )
     script = (
         'exec 3>&2 2>/dev/null; (exec "$@" 2>&3 3>&-); c=$?;'
-        "cd /output && find . -type f ! -name LIST -print0 >LIST; exit $c"
+        "cd /output && command -v find >&2 && find . -type f ! -name LIST -print0 >LIST; exit $c"
     )
     answer = ask(server, post_run(["/bin/sh", "-c", script, "sh", *python(code)], persist=True))
     check(answer, OK, JSON, ran(code=137))
@@ -3703,6 +3703,12 @@ RUST = """thread 'main' panicked at src/main.rs:2:5:
 no luck
 note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace
 """
+RUBY = "/x.rb:1:in 'f': no luck (RuntimeError)\n" + "".join(f"\tfrom /x.rb:{n}:in 'f'\n" for n in range(20))
+GO_DEEP = GO.replace("main.main()", "".join(f"main.f{n}(...)\n\t/work/main.go:{n} +0x1d\n" for n in range(20)))
+PHP = "PHP Fatal error:  Uncaught Exception: no luck in /x.php:3\nStack trace:\n"
+PHP += "".join(f"#{n} /x.php({n}): f()\n" for n in range(20)) + "  thrown in /x.php on line 3\n"
+DOTNET = "Unhandled exception. System.Exception: no luck\n"
+DOTNET += "".join(f"   at P.F(String[] a) in /x/P.cs:line {n}\n" for n in range(20))
 PYTEST = "".join(f"test_{n}.py ..\n" for n in range(500)) + (
     "=== short test summary info ===\nFAILED test_a.py::test_one - assert 1 == 2\n"
     "=== 1 failed, 999 passed in 0.12s ===\n"
@@ -3716,6 +3722,10 @@ FAILURES: dict[str, tuple[str, str, list[str]]] = {
     "a task group": ("", TASK_GROUP, ["TypeError: second"]),
     "Java": ("", JAVA, ["IllegalStateException: no luck"]),
     "Go": ("", GO, ["panic: no luck"]),
+    "Go, deep down": ("", GO_DEEP, ["panic: no luck", "exit status 2"]),
+    "Ruby": ("", RUBY, ["no luck (RuntimeError)"]),
+    "PHP": ("", PHP, ["Uncaught Exception: no luck"]),
+    ".NET": ("", DOTNET, ["System.Exception: no luck"]),
     "Rust": ("", RUST, ["no luck"]),
     "a shell": ("", "sh: 1: nosuch: not found\n", ["sh: 1: nosuch: not found"]),
     "a test runner": (PYTEST, "", ["FAILED test_a.py::test_one - assert 1 == 2", "1 failed, 999 passed"]),
@@ -3724,6 +3734,11 @@ FAILURES: dict[str, tuple[str, str, list[str]]] = {
     "one long line": ("", "x" * 10 * MIB, ["xxx"]),
     "many lines": ("", "".join(f"line {n}\n" for n in range(1_000_000)), ["line 999999"]),
 }
+
+
+def test_the_repr_of_a_result_with_many_outputs_is_short() -> None:
+    result = RunResult("boxer-1", 0, "", "", 7, {f"{number}.txt": b"x" for number in range(10_000)})
+    assert "'0.txt': 1 bytes" in repr(result) and "10,000 files" in repr(result) and len(repr(result)) < 1000
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -4154,6 +4169,13 @@ def test_a_run_sends_what_was_given_and_nothing_else(client_of: Clients, given: 
     assert json.dumps(peer.request.json) == json.dumps({"image": "python", "cmd": ["python3"], **sent})
 
 
+def test_names_and_folders_may_be_members_of_an_enum_of_texts(client_of: Clients) -> None:
+    with Host(lambda request: [STORED if "/files" in request.line else RAN]) as host:
+        client_of(host.url).run("image", ["true"], files={Word.ONE: b""}, cwd=Word.ONE)
+    sent = json.loads(host.seen[-1].content)
+    assert sent["files"][0].endswith("/1") and sent["cwd"].endswith("/1")
+
+
 def test_text_of_a_run_arrives_as_it_is(client_of: Clients) -> None:
     odd = ["p", "", " ", "\x01\x1f\x7f", "\"'\\/", "é世😀\u2028\ufeff", "<&>", "%41+", "a\r\nb: c"]
     with Peer.answering(RAN) as peer:
@@ -4213,6 +4235,18 @@ class Streaming(Unseekable):
         raise ValueError("cannot seek a streaming HTTP file")
 
 
+class SeeksForward(Unseekable):
+    """Content whose `seek` knows no end to count from."""
+
+    def seek(self, offset: int) -> int:  # type: ignore[override]
+        raise AssertionError
+
+
+class SeeksNever(Unseekable):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        raise NotImplementedError
+
+
 def pipe_of(content: bytes) -> Any:
     reader, writer = os.pipe()
     os.write(writer, content)
@@ -4252,6 +4286,8 @@ CONTENTS: dict[str, tuple[Callable[[], Any], bytes, bool]] = {
     "only read()": (lambda: OnlyReads(io.BytesIO(MUCH).read), MUCH, False),
     "seek() with a ValueError": (lambda: Streaming(MUCH), MUCH, False),
     "tell() with a ValueError": (lambda: Streaming(MUCH, can_seek=True), MUCH, False),
+    "seek() of one argument": (lambda: SeeksForward(MUCH), MUCH, False),
+    "seek() that is not there": (lambda: SeeksNever(MUCH), MUCH, False),
 }
 
 
@@ -4536,7 +4572,9 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("run", TypeError, "", "env", [5, [5], {"A": 1}, {1: "A"}, b"A=b", [("A", "b")]]),
     ("run", INVALID, "files must be a list of strings, not one string: write ['a.py']", "files", ["a.py"]),
     ("run", INVALID, "is empty; write a path", "files", [["a", ""]]),
-    ("run", TypeError, "files", "files", [5, [5], b"a", [Path("a")], Path("a")]),
+    ("run", TypeError, "files", "files", [5, [5], b"a", [Path("a")], Path("a"), 0, False]),
+    ("run", INVALID, "files must be a list of strings, not one string", "files", [""]),
+    ("run", TypeError, "env", "env", [0, False]),
     ("run", TypeError, "outputs", "outputs", [5, [5], b"a", [Path("a")]]),
     ("run", TypeError, "files['a'] must be bytes, str or a binary file", "files", [{"a": 5}, {"a": None}]),
     ("run", INVALID, "each name in files is empty; write a path", "files", [{"": "x"}]),
@@ -4806,8 +4844,21 @@ def test_nul_is_refused_in_the_path_of_a_folder_that_is_uploaded(client_of: Clie
         client = client_of(peer.url)
         with pytest.raises(BoxerValidationError, match="NUL"):
             client.upload_path(folder, "a\0b")
-        with pytest.raises(ValueError):  # noqa: PT011 - Python's own, or one of the client's
-            client.upload_path(f"{folder}\0")
+
+
+def test_nul_is_refused_in_paths_of_this_machine_before_anything_is_sent(client_of: Clients, folder: Path) -> None:
+    path = f"{folder}\0hunter2"
+    with Peer([]) as peer:
+        client = client_of(peer.url)
+        refusers: list[tuple[str, Any]] = [
+            ("local_path", lambda: client.upload_path(path)),
+            ("local_path", lambda: client.download_path("a", path)),
+            ("local_path", lambda: client.run("image", ["true"], files={"a": Path(path)})),
+            ("output_dir", lambda: client.run("image", ["true"], output_dir=path)),
+        ]
+        for name, refuser in refusers:
+            with pytest.raises(BoxerValidationError, match=f"{name} has a NUL character"):
+                refuser()
 
 
 def test_nul_in_content_arrives(client_of: Clients) -> None:
@@ -4865,6 +4916,8 @@ COMMANDS = [
     ('sh -c "echo $HOME"', ["sh", "-c", "echo $HOME"]),
     ("ls", ["ls"]),
     ("  ls   -l ", ["ls", "-l"]),
+    ("ls | wc -l", ["sh", "-c", "ls | wc -l"]),
+    ("cd /tmp && ls >/output/a", ["sh", "-c", "cd /tmp && ls >/output/a"]),
 ]
 
 
@@ -4900,6 +4953,9 @@ class AsyncFile:
     async def tell(self) -> int:
         return 0
 
+    async def write(self, content: bytes) -> int:
+        return len(content)
+
 
 class Awaiting:
     """A file whose reads are awaitable, and no coroutines."""
@@ -4928,9 +4984,24 @@ def test_an_asynchronous_file_is_refused_as_what_it_is(client_of: Clients, make:
         client = client_of(peer.url)
         with pytest.raises(TypeError, match="async"):
             client.upload_file("a", make())
+        if hasattr(make(), "write"):
+            with pytest.raises(TypeError, match="async"):
+                client.download_path("a", make())
         gc.collect()
     assert [str(warning.message) for warning in warned] == []
     assert peer.connections == 0
+
+
+class AsyncWriter:
+    """An asynchronous file that does not tell where it stands."""
+
+    async def write(self, content: bytes) -> int:
+        return len(content)
+
+
+def test_an_asynchronous_file_that_only_writes_is_refused_as_well(client_of: Clients) -> None:
+    with Peer.answering(answer(b"content")) as peer, pytest.raises(TypeError, match="async"):
+        client_of(peer.url).download_path("a", AsyncWriter())
 
 
 def test_a_closed_file_is_an_error_of_its_own(client_of: Clients) -> None:
@@ -5461,6 +5532,9 @@ NETWORKS = [
     ("[fd00::1]", "a.test, fd00::1/128", True),
     ("[fd00::1]", "fd00::2", False),
     ("[fd00::1]", "[fd00::1]:<port>", True),
+    ("boxer.test.", "boxer.test", True),
+    ("boxer.test.", ".test", True),
+    ("boxer.test.", "other.test", False),
     ("boxer.test", "10.0.0.0/8", False),
     ("boxer.test", "0.0.0.0/0, ::/0", False),
 ]
@@ -7419,6 +7493,13 @@ def test_a_server_that_never_gets_well_is_given_up_with_the_last_reason(client_o
     assert clock.pauses[0] <= 1 and max(clock.pauses) > 2 * clock.pauses[0], "pauses grow"
 
 
+def test_the_last_reason_is_told_even_if_the_last_pause_takes_too_long(client_of: Clients, clock: Clock) -> None:
+    clock.tick = 0.01  # each look at the clock takes a while
+    with Host(lambda _: [failing("503 Service Unavailable", "not yet")]) as host:
+        for timeout in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75):
+            assert is_expected(outcome(client_of(host.url), WAIT, timeout=timeout), (BoxerTimeoutError, 0, "not yet"))
+
+
 def test_a_server_that_never_listens_is_given_up_with_the_last_reason(client_of: Clients, clock: Clock) -> None:
     url = refused_url()
     error = outcome(client_of(url), WAIT, timeout=20)
@@ -7595,6 +7676,7 @@ def test_a_timeout_that_is_long_enough_is_kept_to(client_of: Clients, name: str)
 def test_the_wait_for_a_free_connection_does_not_count(client_of: Clients, clock: Clock) -> None:
     def respond(request: Received) -> list[Any]:
         if "first" in request.json["cmd"]:
+            threading.Event().wait(0.3)  # the second call waits by now, or else this shows nothing
             clock.ahead += 1000
         return [RAN]
 
@@ -7637,6 +7719,30 @@ def test_what_keeps_moving_outlives_its_timeout(client_of: Clients, clock: Clock
         assert do(client, call) == (bytes(64 * MIB) if call is DOWNLOAD else None)
         clock.tick = 0
     assert clock.ahead - start > 5
+
+
+class Narrow(socket.socket):
+    """A socket with next to no buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            self.setsockopt(socket.SOL_SOCKET, option, 16 * 1024)
+
+
+def test_an_upload_that_is_taken_slowly_but_steadily_outlives_its_timeout(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", Narrow)
+
+    def take(sock: Any) -> None:
+        end = b""
+        while not end.endswith(b"--\r\n"):
+            end = end[-3:] + sock.recv(16 * 1024)
+            threading.Event().wait(0.02)  # a MiB takes longer than the timeout, and 64 KiB a tenth of it
+
+    with Peer([[take, STORED]]) as peer:
+        client_of(peer.url, timeout=1).upload_file("a", bytes(2 * MIB))
 
 
 # What has arrived by the deadline, and what has not
@@ -9445,10 +9551,46 @@ def test_what_becomes_of_the_removal_does_not_change_what_becomes_of_the_call(
     assert [run["cmd"] for run in runs_of(host)][:2] == [["prog"], ["true"]]
 
 
+# Each row: the first answer to a removal, and how often that is sent.
+REMOVAL_TRIES: list[tuple[bytes, int]] = [
+    (failing(BROKEN, RACES[0]), 2),
+    (failing("503 Service Unavailable", "busy", Retry_After="7"), 2),
+    (failing("503 Service Unavailable", "busy", Retry_After="11"), 1),
+]
+
+
+@pytest.mark.parametrize(("first", "tries"), REMOVAL_TRIES, ids=["the race", "7 s", "11 s"])
+def test_a_removal_is_tried_again_within_ten_seconds_whatever_the_client_does_otherwise(
+    client_of: Clients, clock: Clock, first: bytes, tries: int
+) -> None:
+    answers = iter([RAN, first, RAN])
+    with Host(lambda request: [STORED if "/files" in request.line else next(answers)]) as host:
+        client = client_of(host.url, timeout=999, retries=0)
+        assert client.run("image", ["prog"], files={"a": b""}, persist=True) == RESULT
+    assert [run["cmd"] for run in runs_of(host)] == [["prog"], *[["true"]] * tries]
+
+
+def test_a_removal_has_no_network_nor_anything_else_of_the_run_s_but_its_image(client_of: Clients) -> None:
+    with Host(Kept({})) as host:
+        more = {"env": {"A": "1"}, "limits": LIMITS, "network": "host", "input": "x"}
+        client_of(host.url).run("image", ["prog"], files={"a": b""}, persist=True, **more)
+    run, removal = runs_of(host)
+    assert run["network"] == "host"
+    assert removal == {"image": "image", "cmd": ["true"], "files": run["files"]}
+
+
 def test_after_a_lost_connection_nothing_is_removed(client_of: Clients) -> None:
     with Host(lambda request: [STORED] if "/files" in request.line else [Do.FIN]) as host:
         got = outcome(client_of(host.url), ("run", ("image", ["prog"]), {"files": {"a": b""}}))
     assert is_expected(got, lost()) and len(runs_of(host)) == 1
+
+
+def test_after_the_client_s_own_deadline_nothing_is_removed(client_of: Clients) -> None:
+    is_over = threading.Event()
+    with Host(lambda request: [STORED] if "/files" in request.line else [lambda: is_over.wait(30), RAN]) as host:
+        got = outcome(client_of(host.url, timeout=0.5), ("run", ("image", ["prog"]), {"files": {"a": b""}}))
+        is_over.set()
+    assert is_expected(got, (BoxerTimeoutError, 0, "0.5 s")) and len(runs_of(host)) == 1
 
 
 @in_a_sandbox
@@ -9461,19 +9603,76 @@ def test_after_a_run_that_was_broken_off_nothing_more_is_sent(client_of: Clients
         assert [path[-1] for path in server.store.uploads()] == ["/", "a"]
 
 
-def test_where_an_upload_is_refused_the_run_is_not_sent_and_the_other_files_are_removed(client_of: Clients) -> None:
+@pytest.mark.parametrize("status", ["413 Request Entity Too Large", BROKEN])
+def test_where_an_upload_fails_the_run_is_not_sent_and_what_may_be_stored_is_removed_each_by_itself(
+    client_of: Clients, status: str
+) -> None:
     def respond(request: Received) -> list[Any]:
         if "/run" in request.line:
             return [RAN]
-        return [failing("413 Request Entity Too Large", "upload exceeds limit") if b"LARGE" in request.body else STORED]
+        both.wait(30)
+        return [failing(status) if b"LARGE" in request.body else STORED]
 
+    both = threading.Barrier(2)
     with Host(respond) as host:
-        client, files = client_of(host.url), {"a": b"", "b": b"LARGE"}
-        assert is_expected(outcome(client, ("run", ("image", ["prog"]), {"files": files})), refusal(413))
-    named = [run["files"] for run in runs_of(host)]
-    assert all(run["cmd"] == ["true"] for run in runs_of(host))
-    stored = {path for path in uploaded_to(host) if path.endswith("/a")}
-    assert any(stored <= set(paths) and not any(path.endswith("/b") for path in paths) for paths in named) or not stored
+        client, files = client_of(host.url, retries=0), {"a": b"", "b": b"LARGE"}
+        got = outcome(client, ("run", ("image", ["prog"]), {"files": files}))
+        assert is_expected(got, refusal(int(status[:3])))
+    named = [[path, path[:-2]] for path in uploaded_to(host)]
+    assert sorted((run["cmd"], run["files"]) for run in runs_of(host)) == [(["true"], paths) for paths in sorted(named)]
+
+
+def test_where_a_file_cannot_be_read_the_uploads_under_way_end_first_and_are_removed(client_of: Clients) -> None:
+    has_come, has_failed = threading.Event(), threading.Event()
+
+    def fail(size: int) -> bytes:
+        if size:
+            assert has_come.wait(30)
+            has_failed.set()
+            raise OSError("cannot be read")
+        return b""
+
+    def respond(request: Received) -> list[Any]:
+        if "/run" in request.line:
+            return [RAN]
+        has_come.set()
+        return [lambda: has_failed.wait(30) and threading.Event().wait(0.2), STORED]  # long enough for a wrong removal
+
+    with Frail(respond) as host:
+        files = {"a": b"", "b": OnlyReads(fail)}
+        with pytest.raises(OSError, match="cannot be read"):
+            client_of(host.url).run("image", ["prog"], files=files)
+    (path,) = uploaded_to(host)
+    assert path.endswith("/a") and path in [name for run in runs_of(host) for name in run["files"]]
+    assert {run["cmd"][0] for run in runs_of(host)} == {"true"}
+
+
+def test_what_was_sent_is_not_kept_in_memory(client_of: Clients) -> None:
+    with Host(lambda request: [STORED] if "/files" in request.line else [RAN]) as host:
+        client = client_of(host.url)
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(8):
+                client.run("image", ["true"], files={"a": bytes(4 * MIB), "b": ""})
+                host.seen.clear()
+            assert tracemalloc.get_traced_memory()[1] < 24 * MIB
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+
+
+class Short(RunRequest):
+    """A request of the user's own kind."""
+
+    def __init__(self, code: str, **more: Any) -> None:
+        super().__init__("image", ["python3", "-c", code], **more)
+
+
+def test_a_request_may_be_of_a_class_that_is_made_otherwise(client_of: Clients) -> None:
+    with Host(lambda request: [STORED] if "/files" in request.line else [RAN]) as host:
+        for request in (Short("1"), Short("1", input="x"), Short("1", files={"a": "1"})):
+            assert client_of(host.url).send(request) == RESULT
 
 
 def test_each_upload_of_a_mapping_has_a_deadline_of_its_own(client_of: Clients) -> None:
@@ -9527,9 +9726,10 @@ def test_a_short_text_travels_with_the_command_and_anything_else_in_a_file(
     assert run.get("files", []) == sorted(uploaded_to(host))
 
 
-# What a shell would do by itself, were it asked; compared with what is done without an input.
+# What a shell would do by itself, were it asked, or might leave open; compared with what is done without an input.
 SHELLS_OWN = [["echo", "a\\nb"], ["echo", "-e", "a"], ["printf", "%s\\n", "a"], ["test", "a", "=", "b"], ["true"]]
 SHELLS_OWN += [["pwd"], ["env", "printf", "x"], ["sh", "-c", "exit 9"], ["sh", "-c", "echo $0 $1", "a", "b c"]]
+SHELLS_OWN += [["ls", "/proc/self/fd"]]
 
 
 @in_a_sandbox
@@ -9748,6 +9948,65 @@ def test_a_list_that_is_forged_or_missing_is_an_error_with_the_result(
     assert isinstance(got, BoxerError) and got.result == RESULT, got
     assert set(kept.asked) == {f"output/boxer-1/{kept.name}"}
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_an_output_that_is_listed_and_not_there_is_an_error_with_the_result(
+    client_of: Clients, tmp_path: Path, where: str
+) -> None:
+    wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": tmp_path / "target"}
+    with Host(Kept({}, b"./missing\0")) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), wanted))
+    assert is_expected(got, refusal(404, "/missing'")) and got.result == RESULT
+
+
+FOREIGN_404 = answer("<html><h1>Not Found</h1></html>", "404 Not Found", Content_Type="text/html")
+
+
+@pytest.mark.parametrize("outputs", [["a"], True], ids=["named", "all"])
+def test_an_output_is_not_left_out_because_something_on_the_way_says_404(client_of: Clients, outputs: Any) -> None:
+    with Host(Kept({"a": [FOREIGN_404]}, None if outputs is True else b"")) as host:
+        got = outcome(client_of(host.url), ("run", ("image", ["true"]), {"outputs": outputs}))
+    assert is_expected(got, refusal(404, "is not a Boxer server's")) and got.result == RESULT
+
+
+def test_a_404_that_is_not_the_servers_own_says_nothing_of_persist(client_of: Clients) -> None:
+    with Peer.answering(FOREIGN_404) as peer:
+        got = outcome(client_of(peer.url), ("download_file", ("output/boxer-1/a",), {}))
+    assert is_expected(got, refusal(404, "is not a Boxer server's")) and "persist" not in str(got)
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_one_name_of_many_mib_does_not_fill_the_memory(client_of: Clients, tmp_path: Path, where: str) -> None:
+    wanted: Any = {"outputs": True} if where == "memory" else {"output_dir": tmp_path}
+    with Host(Kept({"a": b"x"}, b"./%b\0./a\0" % (b"\xc3\xa9" * 20 * MIB))) as host:
+        client = client_of(host.url)
+        tracemalloc.start()
+        try:
+            client.run("image", ["true"], **wanted)
+            assert tracemalloc.get_traced_memory()[1] < 200 * MIB
+        finally:
+            tracemalloc.stop()
+    assert len(host.seen) == 3  # the run, the list, and `a`
+
+
+@in_a_sandbox
+def test_all_outputs_need_find_in_the_sandbox_or_are_an_error_with_the_result(client_of: Clients, server: Any) -> None:
+    code = "open('/output/a', 'w')"
+    call: Call = ("run", (PYTHON, ["/usr/bin/env", "python3", "-c", code]), {"outputs": True})
+    got = outcome(client_of(server.url), call, env={"PATH": "/nowhere"})
+    assert is_expected(got, refusal(404, "without /bin/sh or find")) and got.result.outputs == {}
+
+
+def test_a_folder_for_outputs_is_made_before_the_run(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with Host(Kept({})) as host:
+        client = client_of(host.url)
+        with pytest.raises(OSError, match="file"):
+            client.run("image", ["true"], output_dir=tmp_path / "file")
+        assert host.seen == []
+        client.run("image", ["true"], output_dir=tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_ten_thousand_outputs_are_fetched(client_of: Clients) -> None:
@@ -10027,19 +10286,49 @@ class Pipe:
 BULKY_CONTENT = bytes(range(256)) * 4096 * 3  # more than is written at a time
 
 
-def cut_then_whole() -> Peer:
-    return Peer([[Do.REQUEST, answer(BULKY_CONTENT)[:-1000], Do.FIN], [Do.REQUEST, answer(BULKY_CONTENT)]])
+def cut_then_whole(content: bytes) -> Peer:
+    return Peer([[Do.REQUEST, answer(BULKY_CONTENT)[:-1000], Do.FIN], [Do.REQUEST, answer(content)]])
 
 
-def test_a_download_is_started_over_after_a_lost_connection(client_of: Clients, tmp_path: Path) -> None:
-    with cut_then_whole() as peer:
+@pytest.mark.parametrize("content", [BULKY_CONTENT, b"shorter", b""], ids=["the same", "shorter", "empty"])
+def test_a_download_is_started_over_after_a_lost_connection(client_of: Clients, tmp_path: Path, content: bytes) -> None:
+    with cut_then_whole(content) as peer:
         client_of(peer.url).download_path("a", tmp_path / "a")
-    with cut_then_whole() as peer, open(tmp_path / "b", "w+b") as file:
+    with cut_then_whole(content) as peer, open(tmp_path / "b", "w+b") as file:
         file.write(b"before ")
         client_of(peer.url).download_path("a", file)
-    assert (tmp_path / "a").read_bytes() == BULKY_CONTENT
-    assert (tmp_path / "b").read_bytes() == b"before " + BULKY_CONTENT
+    assert (tmp_path / "a").read_bytes() == content
+    assert (tmp_path / "b").read_bytes() == b"before " + content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+class TakesText:
+    """Takes whole pieces of text as bytes, as a writer may that looks at no more than what it gets."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, content: bytes) -> None:
+        self.text += content.decode()
+
+
+def test_a_writer_gets_bytes(client_of: Clients) -> None:
+    with Peer.answering(answer(b"content")) as peer:
+        client_of(peer.url).download_path("a", text := TakesText())
+    assert text.text == "content"
+
+
+class PathThatWrites(type(Path())):  # type: ignore[misc]
+    """A path with a method `write`, as py.path has them."""
+
+    def write(self, content: Any) -> None:
+        raise AssertionError(content)
+
+
+def test_a_path_that_can_write_is_a_path(client_of: Clients, tmp_path: Path) -> None:
+    with Peer.answering(answer(b"content")) as peer:
+        client_of(peer.url).download_path("a", PathThatWrites(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == b"content"
 
 
 def test_what_cannot_be_rewound_gets_a_download_once(client_of: Clients) -> None:
@@ -10188,23 +10477,14 @@ def test_what_a_file_object_raises_cancels_its_download(client_of: Clients) -> N
         client_of(peer.url).download_path("a", Pipe(room=100_000))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no devices here")
-def test_a_download_to_a_device_does_not_replace_it(client_of: Clients, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    (tmp_path / "link").symlink_to(f"/proc/self/fd/{reading}")  # as /dev/stdout is one: it leads to no path
-    with Host(lambda _: [answer(b"content")]) as host:
-        for name in ("pipe", "link")[: 2 if sys.platform == "linux" else 1]:
-            client_of(host.url).download_path("a", tmp_path / name)
-            assert os.read(reading, 100) == b"content" and (tmp_path / "pipe").is_fifo()
-    os.close(reading)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes here")
-def test_a_download_to_a_pipe_that_nobody_reads_does_not_wait_for_ever(client_of: Clients, tmp_path: Path) -> None:
+def test_a_download_to_a_pipe_or_a_device_is_refused(client_of: Clients, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with Peer([]) as peer, pytest.raises(OSError, match="pipe"):
-        client_of(peer.url).download_path("a", tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with Peer([]) as peer, pytest.raises(BoxerValidationError, match="is no ordinary file; nothing is written"):
+            client_of(peer.url).download_path("a", tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
 
 
 def test_a_download_to_disk_has_the_permissions_of_any_new_file(client_of: Clients, tmp_path: Path) -> None:
@@ -10664,6 +10944,23 @@ def test_what_the_source_raises_is_raised_after_what_had_finished(client_of: Cli
     assert sorted(came) == [0, 1, 2, 3, 4] or client_of.kind == "async"  # there, a source that blocks blocks the loop
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
+def test_what_had_finished_comes_before_an_error_even_if_an_earlier_run_goes_on(
+    client_of: Clients, ordered: bool
+) -> None:
+    def source() -> Iterator[RunRequest]:
+        yield from numbered(4)
+        raise LookupError("the end")  # it is asked for another one when all but the first have ended
+
+    is_over, came = threading.Event(), []
+    with Host(Echo(lambda number: is_over.wait(30) if number == 0 else None)) as host:
+        with pytest.raises(LookupError, match="the end"):  # noqa: PT012 - what came before it counts
+            for request, _ in iterate(client_of(host.url), source(), concurrency=2, ordered=ordered):
+                came.append(request.tag)
+        is_over.set()
+    assert came == [1, 2, 3]
+
+
 def test_an_interrupt_while_the_source_of_many_runs_is_asked_is_raised_at_once() -> None:
     def source() -> Iterator[RunRequest]:
         yield from numbered(2)
@@ -10742,6 +11039,12 @@ def test_leaving_the_loop_early_kills_the_runs_that_are_under_way(client_of: Cli
 
 @in_a_sandbox
 @of_the_stand_in
+@pytest.mark.parametrize("wrong", [{"timeout": -1}, {"retries": -1}, {"concurrency": 0}], ids=str)
+def test_what_many_runs_cannot_be_told_is_refused_at_once(client_of: Clients, wrong: Any) -> None:
+    with Peer([]) as peer, pytest.raises(BoxerValidationError, match=next(iter(wrong))):
+        list(iterate(client_of(peer.url), numbered(3), **wrong))
+
+
 def test_leaving_an_asynchronous_loop_early_kills_the_runs_that_are_under_way() -> None:
     async def main() -> None:
         async with AsyncBoxerClient(stand_in.url) as client:
@@ -11136,7 +11439,9 @@ def test_a_handler_answers_a_challenge() -> None:
     assert host.connections == 1
 
 
-@pytest.mark.parametrize("value", ["Foo x", "Digest", "Digest realm", 'Digest realm="r", nonce="n", algorithm=FOO'])
+@pytest.mark.parametrize(
+    "value", ["Foo x", "Digest", "Digest realm", "Digest realm=", 'Digest realm="r", nonce="n", algorithm=FOO']
+)
 def test_a_challenge_that_cannot_be_read_is_an_error(value: str) -> None:
     said = answer("who are you?", "401 Unauthorized", WWW_Authenticate=value)
     with Host(lambda _: [said]) as host, BoxerClient(host.url, handlers=[digest(host.url)]) as client:
@@ -11433,6 +11738,14 @@ def test_a_handler_may_send_a_request_of_its_own(in_time: bool) -> None:
     assert host.connections == 1
 
 
+def test_an_answer_that_another_handler_of_urllib_s_finds_cut_short_is_a_connection_error() -> None:
+    said = answer(b"content", Content_Length="100")
+    with Host(lambda _: [said, Do.FIN]) as host:
+        client = BoxerClient(host.url, handlers=[urllib.request.HTTPHandler()], retries=0)
+        with client:
+            assert is_expected(outcome(client, DOWNLOAD), lost("IncompleteRead"))
+
+
 class Breaking(urllib.request.BaseHandler):
     """A user's handler that raises an error of its own."""
 
@@ -11448,7 +11761,7 @@ class Breaking(urllib.request.BaseHandler):
 
 
 @pytest.mark.parametrize("where", ["http_request", "http_open", "http_response", "http_error_404"])
-@pytest.mark.parametrize("kind", [OSError, FileNotFoundError, ConnectionResetError, TimeoutError, KeyError])
+@pytest.mark.parametrize("kind", [OSError, FileNotFoundError, TimeoutError, KeyError, IndexError, ValueError])
 def test_what_a_handler_raises_leaves_as_it_is(where: str, kind: type[Exception]) -> None:
     error = kind("the handler's own")
     said = failing("404 Not Found")
@@ -11797,17 +12110,25 @@ def after(name: str, react: Callable[[], None]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-@pytest.mark.parametrize("error", [TimeoutError("the alarm"), BoxerConnectionError("of another client")], ids=repr)
-@pytest.mark.parametrize("name", ["send", "recv", "connect_ex"])
+THEIR_ERRORS: list[Exception] = [
+    TimeoutError("the alarm"),
+    BlockingIOError("of a pipe"),
+    BoxerConnectionError("of another client"),
+]
+
+
+@pytest.mark.parametrize("error", THEIR_ERRORS, ids=repr)
+@pytest.mark.parametrize("name", ["send", "recv", "connect_ex", "setsockopt", "shutdown"])
 def test_what_a_signal_handler_raises_right_after_a_system_call_leaves_as_it_is(name: str, error: Exception) -> None:
     def ring() -> None:
         raise error
 
-    with Host(lambda _: [WELL]) as host, BoxerClient(host.url, max_connections=1, retries=0) as client:
+    with Host(lambda _: [WELL_AND_BYE]) as host, BoxerClient(host.url, max_connections=1, retries=0) as client:
         with pytest.raises(type(error), match=re.escape(str(error))) as raised, after(name, ring):
             client.download_file("a.txt")
         assert raised.value is error
         assert client.health()
+        assert [request.line for request in host.seen].count("GET /files?path=a.txt HTTP/1.1") <= 1
 
 
 def test_a_client_that_is_closed_as_tls_begins_ends_its_call(ca: trustme.CA) -> None:
@@ -12090,6 +12411,23 @@ class Unregistering(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
+async def passed_on(coroutine: Any) -> Any:
+    return await coroutine
+
+
+def test_a_loop_may_wrap_what_its_tasks_do() -> None:
+    """As Sentry's integration with asyncio does it."""
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(lambda loop, coroutine, **more: asyncio.Task(passed_on(coroutine), loop=loop, **more))
+    with contextlib.closing(Clients("async", loop)) as clients:
+        got = outcome(clients(refused_url(), retries=0), RUN_IT)
+        assert is_expected(got, lost("no connection could be made")) and got.request_sent is False
+        with Host(lambda request: [STORED if "/files" in request.line else RAN]) as host:
+            client = clients(host.url)
+            client.upload_file("a", io.BytesIO(b"content"))
+            assert client.run("image", ["true"], files={"a": "1", "b": "2"}) == RESULT
+
+
 @pytest.fixture(params=["a loop that cannot watch", "uvloop"])
 def other_loop(request: pytest.FixtureRequest, uvloop: Any) -> Iterator[Clients]:
     """Make clients on an event loop that is not asyncio's usual one."""
@@ -12273,11 +12611,12 @@ def test_what_ends_the_program_from_outside_ends_it_as_it_says(monkeypatch: pyte
 # What a run is asked to do, and what becomes of what it said
 
 
-def test_a_run_says_what_the_program_said_and_ends_with_its_exit_code(call_main: Any) -> None:
-    stdout, stderr = "é\r\n\0\x1b[1m no newline", "\ufffdé\n"
+@pytest.mark.parametrize("stdout", ["é\r\n\0\x1b[1m no newline", f"é{LONE}"], ids=ascii)
+@pytest.mark.parametrize("stderr", ["\ufffdé\n", f"{LONE}é\n"], ids=ascii)
+def test_a_run_says_what_the_program_said_and_ends_with_its_exit_code(call_main: Any, stdout: str, stderr: str) -> None:
     with Peer.answering(answer({**RUN, "stdout": stdout, "stderr": stderr, "exit_code": 3})) as peer:
         said = call_main("run", "--url", peer.url, "image", "echo", "-n")
-    assert said == (3, stdout.encode(), stderr)
+    assert said == (3, stdout.replace("\ud800", "?").encode(), stderr.replace("\ud800", "?"))
     assert peer.request.json == {"image": "image", "cmd": ["echo", "-n"]}
 
 
@@ -12326,6 +12665,12 @@ def test_options_for_all_commands_stand_before_the_command_or_behind_it(call_mai
     assert (one, other) == ({"x-a": "1", "x-b": "2:3", "x-c": "3"}, {"x-a": "1", "x-b": "2:3"})
 
 
+def test_a_certificate_that_is_not_trusted_is_one_line_that_names_the_option(call_main: Any, ca: trustme.CA) -> None:
+    with Frail(lambda _: [WELL], serving(ca)) as host:
+        code, _, stderr = call_main("health", "--url", f"https://{host.authority}")
+    assert code == 125 and stderr.endswith("; --ca FILE trusts the certificates in FILE\n") and stderr.count("\n") == 1
+
+
 WRONG_USAGES = [
     ("", "name a command: run, upload, download or health; see `boxer --help`"),
     ("rum x", "invalid choice: 'rum'"),
@@ -12341,6 +12686,7 @@ WRONG_USAGES = [
     ("upload a b c", "too many arguments; see `boxer upload --help`"),
     ("upload a --excl b", "there is no option --excl; see `boxer upload --help`"),
     ("download a --json b", "there is no option --json; see `boxer download --help`"),
+    ("upload -x -- -x", "there is no option -x; see `boxer upload --help`"),
     ("health now", "too many arguments; see `boxer health --help`"),
     ("health --wait soon", "argument --wait: invalid float value: 'soon'; see `boxer health --help`"),
     ("health --timeout 0", "timeout must be a number of seconds above 0"),
@@ -12360,7 +12706,7 @@ RUN_FAILURES: list[tuple[bytes, int, str]] = [
     (
         failing("408 Request Timeout", "execution timed out"),
         124,
-        "execution timed out; --time-limit gives it more time, unless it waits because it wrote too much",
+        "execution timed out; --time-limit gives it more time; if it printed a lot, have it write to /output",
     ),
     (failing("507 Insufficient Storage", "output limit exceeded"), 125, "output limit exceeded; what a program writes"),
     (failing("400 Bad Request", "no\x1b[2J\nsuch"), 125, "no such\n"),
@@ -12394,7 +12740,7 @@ def test_a_server_that_cannot_be_reached_is_one_line_that_says_what_to_do(call_m
 def test_a_deadline_of_our_own_is_125_and_says_what_to_do(call_main: Any) -> None:
     with Peer([[Do.REQUEST]]) as peer:
         code, _, stderr = call_main("run", "--timeout", "0.05", "--url", peer.url, "image", "x")
-    assert code == 125 and stderr.endswith("; --timeout, or --wait, waits longer\n")
+    assert code == 125 and stderr.endswith("; --timeout (or --wait) waits longer\n")
 
 
 def test_json_is_one_object_with_the_result(call_main: Any) -> None:
@@ -12583,16 +12929,6 @@ def test_a_download_goes_to_standard_output(call_main: Any) -> None:
         assert call_main("download", "b/c.txt", "-", "--url", peer.url) == (0, content, "")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_download_into_a_device_or_a_pipe_leaves_it_what_it_is(call_main: Any, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # so that opening it does not wait
-    with Peer.answering(answer(b"content")) as peer:
-        assert call_main("download", "a", "pipe", "--url", peer.url) == (0, b"", "")
-    assert os.read(pipe, 100) == b"content" and (tmp_path / "pipe").is_fifo()
-    os.close(pipe)
-
-
 def test_a_download_that_fails_is_one_line_that_names_the_file(call_main: Any) -> None:
     with Peer.answering(failing("404 Not Found", "file not found")) as peer:
         code, stdout, stderr = call_main("download", "b/c.txt", "--url", peer.url)
@@ -12779,6 +13115,18 @@ UPLOADING = r"\r\x1b\[Kuploading: [0-9.]+ of 24\.[01] MiB, [0-9.]+ MiB/s, [0-9]+
 
 
 @on_terminals
+def test_the_line_on_a_terminal_is_no_longer_than_the_terminal_is_wide() -> None:
+    fcntl, termios = (importlib.import_module(name) for name in ("fcntl", "termios"))
+    shown = threading.Event()
+    with Host(lambda _: [lambda: shown.wait(30), RAN]) as host, Terminal("run", "image", "x", url=host.url) as terminal:
+        fcntl.ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 8, 0, 0))
+        assert terminal.shows("running")
+        shown.set()
+        assert terminal.wait() == 0
+    assert set(re.findall(r"\r\x1b\[K(r[^\r]*)", terminal.shown)) == {"running"}
+
+
+@on_terminals
 def test_an_upload_shows_on_a_terminal_how_far_it_is(tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("content")
     with open(tmp_path / "large.bin", "wb") as file:
@@ -12790,6 +13138,22 @@ def test_an_upload_shows_on_a_terminal_how_far_it_is(tmp_path: Path) -> None:
         shown.set()
         assert terminal.wait() == 0
     assert terminal.screen == "x/large.bin\nx/small.txt\n"
+
+
+@on_terminals
+def test_an_upload_shows_on_a_terminal_how_far_it_is_after_its_first_file_too(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(LONG)
+    both, shown = threading.Barrier(2), threading.Event()
+    begin: Any = lambda sock: both.wait(30)  # noqa: E731
+    script: list[Any] = [[begin, Do.REQUEST, STORED], [begin, lambda sock: shown.wait(30), Do.REQUEST, STORED]]
+    with Peer(script) as peer, Terminal("upload", str(tmp_path), "x", url=peer.url) as terminal:
+        more_than_one = r"uploading: (2[4-9]|3[0-9]|4[0-7])\.[0-9] of 48\.0 MiB[^u]+"
+        assert terminal.shows(f"({more_than_one}){{5}}")  # one or two may come before the first file is closed
+        shown.set()
+        assert terminal.wait() == 0
+    assert terminal.screen == "x/one\nx/other\n"
 
 
 @on_terminals
@@ -13850,18 +14214,35 @@ def test_a_command_of_the_readme_works(start: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there are no sandboxes here")
-def test_the_stand_in_says_why_it_passed_a_sandbox_over_and_refuses_an_unknown_one(tmp_path: Path) -> None:
-    (tmp_path / "runsc").write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
-    (tmp_path / "runsc").chmod(0o700)
+def test_the_stand_in_says_why_it_passed_each_sandbox_over_and_refuses_an_unknown_one(tmp_path: Path) -> None:
+    for name in ("runsc", "bwrap", "unshare"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} is out of luck >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o700)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     said = {}
-    for name in ("gVisor", "docker"):
+    for name in ("", "gVisor", "docker"):
         environment["BOXER_SANDBOX"] = name
         done = subprocess.run(command("serve"), cwd=HERE, env=environment, capture_output=True, text=True, timeout=60)
         said[name] = done.returncode, done.stdout, done.stderr
-    assert said["gVisor"][:2] == (1, "") and said["gVisor"][2].startswith("gVisor does not work here: out of luck\nNo ")
+    reasons = {"gVisor": "runsc", "bubblewrap": "bwrap", "namespaces": "unshare"}
+    lines = [f"{name} does not work here: {program} is out of luck\n" for name, program in reasons.items()]
+    for name, passed_over in (("", "".join(lines)), ("gVisor", lines[0])):
+        assert said[name][:2] == (1, "") and said[name][2].startswith(f"{passed_over}No sandbox works here")
     unknown = "BOXER_SANDBOX is 'docker'; it can be gVisor, bubblewrap, namespaces or none\n"
     assert said["docker"] == (2, "", unknown)
+
+
+@of_the_stand_in
+@pytest.mark.skipif(not os.path.exists("/usr/sbin/pivot_root"), reason="what namespaces need is elsewhere here")
+def test_the_stand_in_finds_what_a_sandbox_needs_where_the_path_of_a_plain_user_does_not_lead() -> None:
+    if Namespaces().problem:
+        pytest.skip("there are no namespaces on this machine")
+    environment = {**os.environ, "PATH": "/usr/local/bin:/usr/bin:/bin", "BOXER_SANDBOX": "namespaces"}
+    with subprocess.Popen(command("serve"), cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        said = process.stdout.readline() + process.stdout.readline()
+        process.terminate()
+    assert re.fullmatch("export BOXER_URL=.+\n# programs run in: namespaces\n", said)
 
 
 @in_a_sandbox
@@ -13997,6 +14378,7 @@ PROMISES = {
         more_than_200_paths_are_named_by_their_folder_alone_and_then_removed
         what_becomes_of_the_removal_does_not_change_what_becomes_of_the_call
         after_a_lost_connection_nothing_is_removed
+        after_the_client_s_own_deadline_nothing_is_removed
     """,
     "The command is the command.": """
         an_input_arrives_byte_for_byte
