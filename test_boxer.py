@@ -7278,8 +7278,8 @@ def test_pauses_grow_and_no_two_are_the_same(client_of: Clients, clock: Clock) -
 
 RETRY_AFTER = {  # how long the pause is then; a date is nine seconds on, less what a busy machine takes to get there
     "7": (7, 7.5), "date": (3, 9.5), "asctime": (3, 9.5),
-    **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00"],
-                    (0.01, 2)),
+    **dict.fromkeys(["0", "-5", "1.5", "soon", "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999 07:28:00",
+                     "Wed, 21 Oct 99999 07:28:00 GMT"], (0.01, 2)),
 }  # fmt: skip
 
 
@@ -9639,11 +9639,11 @@ def test_where_a_file_cannot_be_read_the_uploads_under_way_end_first_and_are_rem
         return [lambda: has_failed.wait(30) and threading.Event().wait(0.2), STORED]  # long enough for a wrong removal
 
     with Frail(respond) as host:
-        files = {"a": b"", "b": OnlyReads(fail)}
+        files = {"a": b"", "b": OnlyReads(fail), **{str(number): b"" for number in range(20)}}
         with pytest.raises(OSError, match="cannot be read"):
             client_of(host.url).run("image", ["prog"], files=files)
-    (path,) = uploaded_to(host)
-    assert path.endswith("/a") and path in [name for run in runs_of(host) for name in run["files"]]
+    paths = set(uploaded_to(host))
+    assert 1 <= len(paths) < 8 and paths <= {name for run in runs_of(host) for name in run["files"]}
     assert {run["cmd"][0] for run in runs_of(host)} == {"true"}
 
 
