@@ -172,7 +172,7 @@ _LocalPath = Union[str, os.PathLike[str]]
 
 # Of a request.
 _PIECE = 1024 * 1024  # bytes of content that are read from a file at a time
-_SEND_SIZE = 64 * 1024  # bytes of content to send at a time: their way through is progress
+_SEND_SIZE = 256 * 1024  # bytes of content to send at a time: their way through is progress
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server

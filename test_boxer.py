@@ -7739,10 +7739,10 @@ def test_an_upload_that_is_taken_slowly_but_steadily_outlives_its_timeout(
         end = b""
         while not end.endswith(b"--\r\n"):
             end = end[-3:] + sock.recv(16 * 1024)
-            threading.Event().wait(0.02)  # a MiB takes longer than the timeout, and 64 KiB a tenth of it
+            threading.Event().wait(0.04)  # a MiB takes longer than the timeout, and a quarter of it a third
 
     with Peer([[take, STORED]]) as peer:
-        client_of(peer.url, timeout=1).upload_file("a", bytes(2 * MIB))
+        client_of(peer.url, timeout=2).upload_file("a", bytes(MIB + MIB // 4))
 
 
 # What has arrived by the deadline, and what has not
