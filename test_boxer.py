@@ -7736,9 +7736,10 @@ def test_an_upload_that_is_taken_slowly_but_steadily_outlives_its_timeout(
     monkeypatch.setattr(socket, "socket", Narrow)
 
     def take(sock: Any) -> None:
-        end = b""
-        while not end.endswith(b"--\r\n"):
-            end = end[-3:] + sock.recv(16 * 1024)
+        end = piece = b" "
+        while piece and not end.endswith(b"--\r\n"):
+            piece = sock.recv(16 * 1024)
+            end = end[-3:] + piece
             threading.Event().wait(0.04)  # a MiB takes longer than the timeout, and a quarter of it a third
 
     with Peer([[take, STORED]]) as peer:
