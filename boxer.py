@@ -78,7 +78,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - the file may have been copied any
 import asyncio
 import binascii
 import calendar
-import collections.abc
+import collections
 import concurrent.futures.thread  # noqa: F401 - asyncio imports it in a call, and then a fork may interrupt that
 import contextlib
 import contextvars
@@ -118,7 +118,19 @@ import urllib.request
 import urllib.response
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NamedTuple, Optional, TypeVar, Union, cast
@@ -172,7 +184,7 @@ _LocalPath = Union[str, os.PathLike[str]]
 
 # Of a request.
 _PIECE = 1024 * 1024  # bytes of content that are read from a file at a time
-_SEND_SIZE = 256 * 1024  # bytes of content to send at a time: their way through is progress
+_SEND_SIZE = 256 * 1024  # bytes of content to send at a time; the deadline starts again after each
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
@@ -202,7 +214,7 @@ _REMOVAL_TIME = 10.0  # to remove what a run has left of its own files
 _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
-_TIMER_STEP = 0.002  # by which a timer may ring early: so close to the deadline, it has passed
+_TIMER_STEP = 0.002  # by which a timer may ring early; a deadline as near as that counts as passed
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
@@ -870,6 +882,10 @@ def _written(target: Path) -> Iterator[IO[bytes]]:
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 
+# A run leaves no trace, so it may be sent again; one with a network may be seen from outside, so it is sent once.
+_Kind = Literal["run", "run with a network", "download", "other"]
+
+
 class _Request(NamedTuple):
     """A request of one of the endpoints, short of what the client's settings add to it."""
 
@@ -877,8 +893,7 @@ class _Request(NamedTuple):
     target: str  # below the base URL's path
     headers: Mapping[str, str]  # this request's own fields
     body: Union[bytes, _Multipart]
-    # A run leaves no trace, so it may be sent again; one with a network may be seen from outside, so it is sent once.
-    kind: Literal["run", "run with a network", "download", "other"] = "other"
+    kind: _Kind = "other"
     extra_time: float = 0.0  # seconds that the server is entitled to on top of the timeout
     path: str = ""  # of the file in the server's store that it is about, for the texts of errors
     sink: Optional[_Sink] = None  # what a file is written to; without one, it is the response's content
@@ -900,7 +915,7 @@ def _run_request(run: RunRequest) -> _Request:
     members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
     body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
     headers = {"Content-type": "application/json", "Content-length": str(len(body))}
-    kind: Any = "run" if run.network in (None, "none") else "run with a network"
+    kind: _Kind = "run" if run.network in (None, "none") else "run with a network"
     return _Request("POST", "/run", headers, body, kind, min(limits.get("wall_clock_secs", 0), _LONGEST_WAIT))
 
 
@@ -1158,19 +1173,22 @@ def _checked(response: _Response) -> _Response:
 
 def _checked_json(response: _Response) -> dict[str, Any]:
     content = _checked(response).content
-    members = _json_object(content)
-    if members is None:
+    try:
+        return _json_object(content)
+    except _NO_JSON_OBJECT as error:
         shown = f"begins with {_printable(content[:80].decode('utf-8', 'replace'))!r}" if content else "is empty"
         message = f"the answer should be a JSON object, and {shown}; {_doubt(response)}"
-        raise BoxerAPIError(message, response.code)
-    return members
+        raise BoxerAPIError(message, response.code) from error
 
 
-def _json_object(content: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(MemoryError, RecursionError, ValueError):
-        value = json.loads(content.decode("utf-8"))
-        return value if isinstance(value, dict) else None
-    return None
+_NO_JSON_OBJECT = (MemoryError, RecursionError, ValueError)  # what `_json_object` raises
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    value = json.loads(content.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}")
+    return value
 
 
 def _doubt(response: _Response) -> str:
@@ -1200,7 +1218,10 @@ def _reason(response: _Response) -> str:
 
 def _server_error(response: _Response) -> str | None:
     """Return the text of the server's own `{"error": text}`; None if the content is anything else."""
-    error = (_json_object(response.content) or {}).get("error")
+    try:
+        error = _json_object(response.content).get("error")
+    except _NO_JSON_OBJECT:
+        return None
     return error if isinstance(error, str) and error.strip() else None
 
 
@@ -1517,9 +1538,9 @@ def _retry_after(value: str) -> float:
     """Return the seconds that a Retry-After field asks to wait for (RFC 9110, section 10.2.3); 0 if it is invalid."""
     if re.fullmatch("[0-9]+", value):
         return float(value)
-    date = email.utils.parsedate(value)
-    with contextlib.suppress(OverflowError, ValueError):
-        return calendar.timegm(date) - time.time() if date else 0.0
+    date: Any = email.utils.parsedate(value)  # None: it is no date
+    with contextlib.suppress(OverflowError, TypeError, ValueError):
+        return calendar.timegm(date) - time.time()
     return 0.0
 
 
@@ -1971,7 +1992,7 @@ def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
 
 def _keep_alive(sock: Any) -> None:
     """Have TCP find out within a minute that the peer, or a NAT between, has forgotten the connection."""
-    with _without_errors():
+    with contextlib.suppress(_ConnectionEnd), _system_errors():  # not OSError: a signal handler may raise one
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
@@ -1991,16 +2012,6 @@ def _system_errors() -> Iterator[None]:
         if not _is_of_the_system(error):
             raise
         raise _ConnectionEnd(error) from error
-
-
-@contextlib.contextmanager
-def _without_errors() -> Iterator[None]:
-    """Let a system call fail, but let pass what a signal handler raises meanwhile."""
-    try:
-        yield
-    except OSError as error:
-        if not _is_of_the_system(error):
-            raise
 
 
 def _is_of_the_system(error: OSError) -> bool:
@@ -2382,7 +2393,7 @@ class _Client:
                 raise plan.failure  # noqa: TRY301 - the same is to be done after any error
             result = await self._exchange(_run_request(plan.run), _run_result, options)
         except Exception as error:
-            if not _may_go_on(error):
+            if not _may_be_in_use(error):
                 await self._remove(plan, options)
             raise
         if not plan.server_removes:
@@ -2403,7 +2414,7 @@ class _Client:
             await self._upload(item, options)
             plan.uploaded.append(item[0])
         except Exception as error:
-            if _may_go_on(error):
+            if _may_be_in_use(error):
                 raise
             plan.failure = error
 
@@ -2479,8 +2490,8 @@ class _Client:
     _send: Callable[[Any, _Call], Awaitable[_Response]]  # over a connection of a pool
 
 
-def _may_go_on(error: Exception) -> bool:
-    """Tell whether what was sent may still be in use by the server after an error."""
+def _may_be_in_use(error: Exception) -> bool:
+    """Tell whether the server may still be using what was sent, as far as an error tells."""
     return isinstance(error, BoxerConnectionError) or getattr(error, "status_code", None) == 0
 
 
@@ -2516,7 +2527,7 @@ class _Job:
 class _Workers:
     """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
 
-    fetch: Callable[[collections.abc.AsyncIterator[Any]], _Job]  # ask for an item, which will be the result
+    fetch: Callable[[AsyncIterator[Any]], _Job]  # ask for an item, which will be the result
     start: Callable[[Any], _Job]  # call the function with an item
     next_done: Callable[[], Awaitable[_Job]]  # wait for the next one that is done
     cancel: Callable[[], None]  # the calls that are going on
@@ -2708,7 +2719,7 @@ class _SyncConnection(_Connection):
     def abort(self) -> None:
         self._loss = self._loss or ConnectionAbortedError("broken off by this client")
         if self._socket is not None:
-            with _without_errors():  # the connection may be closed already
+            with contextlib.suppress(_ConnectionEnd), _system_errors():  # the connection may be closed already
                 # SSLSocket's own shutdown would forget its TLS, which another thread may be using.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
@@ -2806,7 +2817,7 @@ class _SyncWorkers(_Workers):
         job.is_done = True
         self._done.put(job)
 
-    def fetch(self, source: collections.abc.AsyncIterator[Any]) -> _Job:
+    def fetch(self, source: AsyncIterator[Any]) -> _Job:
         job = _Job()
         self._finish(job, source.__anext__())
         if not isinstance(job.error, (Exception, type(None))):
@@ -3379,7 +3390,7 @@ class _AsyncConnection(_Connection):
 
 async def _within(
     seconds: float,
-    coroutine: collections.abc.Coroutine[Any, Any, _T],
+    coroutine: Coroutine[Any, Any, _T],
     call: _Call,
     end: Callable[[], Any] | None = None,
 ) -> _T:
@@ -3387,15 +3398,7 @@ async def _within(
 
     Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the coroutine; by default it is cancelled.
     """
-
-    async def outcome() -> tuple[Any, Exception | None]:
-        # An error is returned, since a task factory of the program's may have put code of its own around this.
-        try:
-            return await coroutine, None
-        except Exception as error:  # noqa: BLE001 - it is raised below
-            return None, error
-
-    task = asyncio.ensure_future(outcome())
+    task = asyncio.ensure_future(_outcome(coroutine))
     task.add_done_callback(lambda _: coroutine.close())  # it warns if it has not begun
 
     def interrupt() -> None:
@@ -3421,6 +3424,18 @@ async def _within(
     if failure is not None:
         raise failure
     return cast("_T", result)
+
+
+async def _outcome(coroutine: Awaitable[_T]) -> tuple[Optional[_T], Optional[Exception]]:
+    """Return what a coroutine returns, and what it raises.
+
+    An error that left the task itself would pass through the code that a program's own task factory may have put
+    around it, and `_is_own` would take it for the program's.
+    """
+    try:
+        return await coroutine, None
+    except Exception as error:  # noqa: BLE001 - `_within` raises it
+        return None, error
 
 
 async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
@@ -3519,7 +3534,7 @@ class _AsyncWorkers(_Workers):
         self._active: set[asyncio.Task[None]] = set()
         self._done: asyncio.Queue[_Job] | None = None  # made in the loop, as Python 3.9 wants it
 
-    def fetch(self, source: collections.abc.AsyncIterator[Any]) -> _Job:
+    def fetch(self, source: AsyncIterator[Any]) -> _Job:
         return self._begin(_Job(), source.__anext__)
 
     def start(self, item: Any) -> _Job:
@@ -3628,7 +3643,7 @@ class AsyncBoxerClient(_Client):
 
     def run_many(
         self,
-        requests: Union[Iterable[RunRequest], collections.abc.AsyncIterable[RunRequest]],
+        requests: Union[Iterable[RunRequest], AsyncIterable[RunRequest]],
         *,
         concurrency: int = 8,
         ordered: bool = True,
@@ -3840,7 +3855,7 @@ def _add_common_options(add: Any, headers: str, default: Any) -> None:
     add("-q", action="store_true", dest="is_quiet", default=default, help="say nothing but errors")
 
 
-def _run_options(add: Any) -> None:
+def _add_run(add: Any) -> None:
     add("-e", action="append", dest="env", default=[], metavar="K=V", help="an environment variable; repeatable")
     text = "a file or folder for the run's own folder, where it starts; `-f .` is what is in that folder; repeatable"
     add("-f", action="append", dest="files", default=[], metavar="LOCAL[:NAME]", help=text)
@@ -3933,8 +3948,8 @@ def _do_download(options: Any) -> int:
     """Download a file from the server's store; LOCAL may be a folder, or - for standard output."""
     remote, local = [*options.words, "."][:2]
     with _client_with_progress(options, "downloading") as (client, progress):
-        place: Any = contextlib.nullcontext(types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
         if local == "-":  # it has no position, since it cannot be rewound: a file that it is appended to would be cut
+            place: Any = contextlib.nullcontext(types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
         else:
             place = _written(_target_path(_path("REMOTE", remote), local))
@@ -3962,7 +3977,7 @@ def _add_wait(add: Any) -> None:
 
 # Of each command: its name, function, arguments and their number, options, and an example.
 _COMMANDS: Any = [
-    ("run", _do_run, "IMAGE COMMAND [ARG...]", range(2, sys.maxsize), _run_options, "-f . python:3.12 python3 main.py"),
+    ("run", _do_run, "IMAGE COMMAND [ARG...]", range(2, sys.maxsize), _add_run, "-f . python:3.12 python3 main.py"),
     ("upload", _do_upload, "LOCAL [REMOTE]", range(1, 3), _add_exclude, "src lib/src --exclude .git --exclude '*.pyc'"),
     ("download", _do_download, "REMOTE [LOCAL]", range(1, 3), lambda _: None, "output/ID/result.json"),
     ("health", _do_health, "", range(1), _add_wait, "--wait 60"),

@@ -3696,7 +3696,7 @@ GO = """panic: no luck
 
 goroutine 1 [running]:
 main.main()
-\t/work/main.go:4 +0x2c
+\t/src/main.go:4 +0x2c
 exit status 2
 """
 RUST = """thread 'main' panicked at src/main.rs:2:5:
@@ -3704,7 +3704,7 @@ no luck
 note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace
 """
 RUBY = "/x.rb:1:in 'f': no luck (RuntimeError)\n" + "".join(f"\tfrom /x.rb:{n}:in 'f'\n" for n in range(20))
-GO_DEEP = GO.replace("main.main()", "".join(f"main.f{n}(...)\n\t/work/main.go:{n} +0x1d\n" for n in range(20)))
+GO_DEEP = GO.replace("main.main()", "".join(f"main.f{n}(...)\n\t/src/main.go:{n} +0x1d\n" for n in range(20)))
 PHP = "PHP Fatal error:  Uncaught Exception: no luck in /x.php:3\nStack trace:\n"
 PHP += "".join(f"#{n} /x.php({n}): f()\n" for n in range(20)) + "  thrown in /x.php on line 3\n"
 DOTNET = "Unhandled exception. System.Exception: no luck\n"
@@ -5044,6 +5044,7 @@ def test_an_answer_that_is_no_result_is_an_error_with_its_status(client_of: Clie
             client.run("i", ["c"])
         assert client.run("i", ["c"]) == RunResult(**RUN)  # type: ignore[arg-type]
     assert type(caught.value) is BoxerAPIError and caught.value.status_code == 200
+    assert caught.value.__cause__ is not None
     assert text in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
 
 
