@@ -1990,9 +1990,11 @@ def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
     return any(select.select(reading, writing, writing, seconds))
 
 
-def _keep_alive(sock: Any) -> None:
-    """Have TCP find out within a minute that the peer, or a NAT between, has forgotten the connection."""
+def _set_up(sock: socket.socket) -> None:
+    """Let a socket not block, send at once, and find out within a minute that the peer, or a NAT between, forgot it."""
+    sock.setblocking(False)
     with contextlib.suppress(_ConnectionEnd), _system_errors():  # not OSError: a signal handler may raise one
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
@@ -2616,9 +2618,7 @@ class _SyncConnection(_Connection):
         family, kind, protocol, _, socket_address = address
         with _system_errors():
             sock = self._socket = socket.socket(family, kind, protocol)
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(sock)
+            _set_up(sock)
         code = sock.connect_ex(socket_address)
         if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             is_done = self._loss is None and _wait_for(sock.fileno(), "w", max(0.001, seconds))
@@ -3188,6 +3188,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.reader = asyncio.StreamReader(_PIECE, loop)
         super().__init__(self.reader, loop=loop)
+        self.sock: socket.socket | None = None  # of a TCP connection, as soon as there is one
         self.transport: Any = None  # an asyncio.Transport, once connected
         self.unread = 0  # bytes that came from the transport, and were not read yet
         self.has_ended = False
@@ -3218,11 +3219,10 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
     def _receive_rest(self) -> None:
         """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
-        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+        if self.sock is None:
             return
-        # uvloop's sockets cannot be copied.
-        with contextlib.suppress(OSError, TypeError), self.transport.get_extra_info("socket").dup() as sock:
-            while self.unread < _HEAD_LIMIT + _ERROR_LIMIT and (data := sock.recv(_RECEIVE_SIZE)):
+        with contextlib.suppress(OSError):
+            while self.unread < _HEAD_LIMIT + _ERROR_LIMIT and (data := self.sock.recv(_RECEIVE_SIZE)):
                 self.unread += len(data)  # pragma: no cover - it takes an answer between a look and a write
                 self.reader.feed_data(data)  # pragma: no cover
 
@@ -3257,15 +3257,21 @@ class _AsyncConnection(_Connection):
         self._timer: asyncio.TimerHandle | None = None  # rings at the call's deadline
 
     async def connect(self, address: Any, seconds: float) -> None:
-        family, _, protocol, _, (host, port, *more) = address
-        zone = f"%{more[1]}" if more and more[1] else ""  # of an IPv6 address
-        connecting = self._loop.create_connection(
-            lambda: self._tcp, host + zone, port, family=family, proto=protocol, flags=socket.AI_NUMERICHOST
-        )
+        family, kind, protocol, _, socket_address = address
+
+        async def connect() -> None:
+            sock = self._tcp.sock = socket.socket(family, kind, protocol)
+            try:
+                _set_up(sock)
+                await self._loop.sock_connect(sock, socket_address)
+                await self._loop.create_connection(lambda: self._tcp, sock=sock)
+            except BaseException:
+                sock.close()
+                raise
+
         with _system_errors():
-            await _within(seconds, connecting, self.call)
+            await _within(seconds, connect(), self.call)
         self._add_writer(self._tcp)
-        _keep_alive(self._writers[0].get_extra_info("socket"))
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         if context.protocol == ssl.PROTOCOL_TLS_SERVER:
@@ -3374,18 +3380,18 @@ class _AsyncConnection(_Connection):
             if protocol.transport is not None:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed
                     protocol.transport.abort()
-                if not self._loop.is_running():  # and so does not close the socket, which uvloop lets nobody else do
-                    with contextlib.suppress(OSError, TypeError, NotImplementedError):
-                        protocol.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        if self._tcp.sock is not None and not self._loop.is_running():  # the loop does not close the socket
+            with contextlib.suppress(OSError):
+                self._tcp.sock.shutdown(socket.SHUT_RDWR)
 
     def abort(self) -> None:
         self._protocol.loss = self._protocol.loss or ConnectionAbortedError("broken off by this client")
         self.close()
 
     def fileno(self) -> int:
-        if self._tcp.transport is None or self._tcp.transport.is_closing():
+        if self._tcp.sock is None or (self._tcp.transport is not None and self._tcp.transport.is_closing()):
             return -1
-        return int(self._tcp.transport.get_extra_info("socket").fileno())
+        return self._tcp.sock.fileno()
 
 
 async def _within(

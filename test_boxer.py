@@ -7886,7 +7886,7 @@ def test_a_silent_address_costs_some_seconds_if_the_name_has_others(monkeypatch:
             assert is_expected(got, (BoxerTimeoutError, 0, "7 s")), got
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]"])
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "[::1%251]"])  # the last one has a zone
 def test_this_machine_is_reached_without_a_thread(name: str) -> None:
     is_over = threading.Event()
 
@@ -7903,7 +7903,7 @@ def test_this_machine_is_reached_without_a_thread(name: str) -> None:
             is_over.set()
             await busy
 
-    with Peer.answering(WELL, STORED, host="::1" if name == "[::1]" else "127.0.0.1") as peer:
+    with Peer.answering(WELL, STORED, host="::1" if name.startswith("[") else "127.0.0.1") as peer:
         asyncio.run(main())
 
 
@@ -8931,6 +8931,67 @@ def test_a_child_that_is_forked_inside_a_call_leaves_its_connection_to_the_paren
 
     with Host(respond) as host:
         assert program_beside_boxer(tmp_path, FORKING_INSIDE, host.url) == RUN["stdout"]
+
+
+FORKING_WHILE_CONNECTING = """
+import asyncio, os, sys, threading, warnings
+from boxer import AsyncBoxerClient, BoxerClient, BoxerError
+
+warnings.simplefilter("ignore", DeprecationWarning)  # that a fork and threads go ill together is known
+
+def sockets():
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            pass  # that of the listing
+    return {link for link in links if link.startswith("socket:")}
+
+def fork(before):
+    while not (connecting := sockets() - before):
+        yield
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(sockets() & connecting))
+    print("in the child:", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+def refused(client):
+    try:
+        client.health()
+    except BoxerError as error:
+        print(error)
+
+async def main():
+    async with AsyncBoxerClient(sys.argv[2]) as client:
+        before = sockets()
+        call = asyncio.ensure_future(client.health())
+        for _ in fork(before):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+
+if sys.argv[1] == "async":
+    asyncio.run(main())
+else:
+    with BoxerClient(sys.argv[2]) as client:
+        before = sockets()
+        thread = threading.Thread(target=refused, args=[client])
+        thread.start()
+        for _ in fork(before):
+            pass
+        client.close()
+        thread.join()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not list the open files of a process")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_child_that_is_forked_while_a_call_connects_does_not_keep_the_socket(tmp_path: Path, kind: str) -> None:
+    with never_accepting() as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        said = program_beside_boxer(tmp_path, FORKING_WHILE_CONNECTING, kind, url)
+    assert said.splitlines()[0] == "in the child: 0"
 
 
 CALLS_OF_EVERY_KIND = """
