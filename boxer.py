@@ -191,7 +191,7 @@ _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many 
 _INPUT_LIMIT = 64 * 1024  # bytes of standard input that travel with the command
 
 # Of a response.
-_RECEIVE_SIZE = 64 * 1024  # bytes to receive at a time; a TLS record, of at most 16 KiB, has to fit in
+_RECEIVE_SIZE = 512 * 1024  # bytes to receive at a time; a TLS record, of at most 16 KiB, has to fit in
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100  # fields of a head, or of a trailer section
 _INTERIM_LIMIT = 20  # 1xx responses before the final one
@@ -1253,6 +1253,7 @@ class _Origin(NamedTuple):
     url: str  # without credentials
     scheme: str
     authority: str  # host, and port where it is not the scheme's own
+    host: str  # without brackets
     path: str  # what a request target begins with
     proxy: Optional[str]  # its authority
     fields: dict[str, str]  # of every request; names are spelt as urllib spells them
@@ -1285,7 +1286,8 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
     if proxy is None:
         fields.pop("Proxy-authorization", None)
     url = f"{parts.scheme}://{authority}{path}"
-    return _Origin(url, parts.scheme, authority, path, _authority(proxy, "the proxy") if proxy else None, fields)
+    host, next_hop = _host_and_port(authority, 0)[0], _authority(proxy, "the proxy") if proxy else None
+    return _Origin(url, parts.scheme, authority, host, path, next_hop, fields)
 
 
 def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
@@ -2844,8 +2846,8 @@ class _OpenerRequest(urllib.request.Request):
     """A request of a call, as the handlers of an opener know requests."""
 
     def __init__(self, origin: _Origin, call: _Call) -> None:
-        request, host = call.request, _host_and_port(origin.authority, 0)[0]
-        super().__init__(origin.url + request.target, origin_req_host=host, method=request.method)
+        request = call.request
+        super().__init__(origin.url + request.target, origin_req_host=origin.host, method=request.method)
         self.host = origin.authority  # again, since urllib decodes it, and with it the zone of an IPv6 address
         self.data: Any = request.body or None
         self.headers = {**origin.fields, **request.headers}
@@ -2862,7 +2864,6 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def __init__(self, pool: _SyncPool, origin: _Origin, context: ssl.SSLContext | None, timeout: float) -> None:
         self._pool = pool
         self._origin = origin
-        self._host = _host_and_port(origin.authority, 0)[0]
         self._context = context
         self._timeout = timeout
 
@@ -2896,8 +2897,8 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         if isinstance(body, bytes) and body:
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
-        # A request that a handler makes to another host has nothing of the client's own TLS, such as its certificate.
-        is_ours = request.type == self._origin.scheme and _host_and_port(origin, 0)[0] == self._host
+        # A request that a handler makes to another server has nothing of the client's own TLS, such as its certificate.
+        is_ours = (request.type, origin) == (self._origin.scheme, self._origin.authority)
         context = self._context if is_ours else _tls_context(request.type, None)
         return _run_to_completion(self._pool.exchange(route, context, head, body, call))
 
