@@ -183,7 +183,8 @@ _LocalPath = Union[str, os.PathLike[str]]
 # ---- Limits ----------------------------------------------------------------------------------------------------------
 
 # Of a request.
-_PIECE = 1024 * 1024  # bytes of content that are read from a file at a time
+_READ_SIZE = 2 * 1024 * 1024  # bytes to read from a file at a time; with asyncio, a thread does it
+_PIECE = 1024 * 1024  # bytes of other content to handle at a time
 _SEND_SIZE = 256 * 1024  # bytes of content to send at a time; the deadline starts again after each
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
@@ -655,17 +656,18 @@ def _read(file: Any, size: int) -> bytes:
 
 
 def _read_whole(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield a file's content; fail if it is not of the announced size, so that no complete body is ever sent."""
+    """Yield a file's content; fail if it is not what was announced, so that no complete body is ever sent."""
     file.seek(0)
-    left = size
-    while left > 0:
-        piece = _read(file, min(_PIECE, left))
-        if not piece or len(piece) > left:
+    at = 0
+    while at < size and file.tell() == at:
+        piece = _read(file, min(_READ_SIZE, size - at))
+        if not piece or len(piece) > size - at:
             break
-        left -= len(piece)
+        at += len(piece)
         yield piece
-    if left != 0 or _read(file, 1):
-        raise BoxerError("the file changed its size while it was sent, so the upload was stopped")
+    if at != size or file.tell() != at or _read(file, 1):
+        what = "the file changed its size while it was sent, or another call or thread was reading it"
+        raise BoxerError(f"{what}; the upload was stopped")
 
 
 def _content(name: str, content: Any) -> memoryview | IO[bytes]:
@@ -964,7 +966,7 @@ class _Multipart:
             yield from _read_whole(self._content, self._size)
         else:
             self.can_be_sent = False
-            while piece := _read(self._content, _PIECE):
+            while piece := _read(self._content, _READ_SIZE):
                 yield self._coded(piece)
 
     @property

@@ -4418,6 +4418,26 @@ def test_a_file_that_changes_its_size_is_never_a_whole_upload(
     assert length is not None and len(body) < int(length[1])
 
 
+class Shared(io.BytesIO):
+    """A file that something else reads from its start, each time a part of it was read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        if size:
+            self.seek(0)
+        return content
+
+
+def test_a_file_that_something_else_reads_is_never_a_whole_upload(client_of: Clients) -> None:
+    received = list[bytes]()
+    with Peer([[lambda sock: all_of_it(sock, received), Do.FIN], [Do.REQUEST, WELL]]) as peer:
+        client = client_of(peer.url)
+        got = outcome(client, upload(Shared(os.urandom(5 * MIB))))
+        assert type(got) is BoxerError and "was reading it" in str(got)
+        assert client.health()
+    assert len(b"".join(received)) < 5 * MIB
+
+
 class Failing(io.BytesIO):
     """A file that cannot be read to its end."""
 
@@ -4431,7 +4451,7 @@ def test_the_error_of_a_file_that_cannot_be_read_comes_out(client_of: Clients) -
     with Peer([[Do.HEAD, Do.DRAIN], [Do.REQUEST, WELL]]) as peer:
         client = client_of(peer.url)
         with pytest.raises(OSError, match="the disk is broken"):
-            client.upload_file("a.txt", Failing(bytes(2 * MIB)))
+            client.upload_file("a.txt", Failing(bytes(4 * MIB)))
         assert client.health()
 
 
