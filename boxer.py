@@ -205,8 +205,7 @@ _NAME_LIMIT = 64 * 1024  # bytes of the path of one of them
 _DEPTH_LIMIT = 64  # folders on the way to one of them, where they go into a local folder
 _LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
-_SHOWN_SIZE = 500  # characters of a program's output that a repr or an error shows
-_SHOWN_LINES = 8  # of a program's output in an error
+_SHOWN_SIZE = 500  # characters of a program's output that a repr shows, and an error at either end
 _SHOWN_OUTPUTS = 20  # names of files in a repr
 
 # Of time, in seconds.
@@ -562,7 +561,7 @@ class BoxerConnectionError(BoxerError, ConnectionError):
 
 
 class BoxerExitError(BoxerError):
-    """A run with `check=True` ended with an exit code other than 0; the text ends with what the program said last.
+    """A run with `check=True` ended with an exit code other than 0; the text shows what the program said.
 
     result: the RunResult.
     """
@@ -574,7 +573,7 @@ class BoxerExitError(BoxerError):
         self.result = result
 
     def __str__(self) -> str:
-        said = _last_words(self.result.stderr) or _last_words(self.result.stdout)
+        said = _excerpt(self.result.stderr) or _excerpt(self.result.stdout)
         return f"exit code {self.result.exit_code}" + (f": {said}" if said else "")
 
 
@@ -614,11 +613,6 @@ _ESCAPE = (
 )
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 _UNPRINTABLE = re.compile(f"(?P<escape>{_ESCAPE})|{_CONTROL}")
-# Lines that say nothing of what went wrong: frames of a stack, rules and markers, Node's version.
-_NOISE = (
-    r"[\s|+]*(?:at .*(?:\)|:[0-9]+)(?: \{)?|File \".*|(?:Exception Group )?Traceback \(.*|Node\.js v\S+)"
-    r"|\s*\+[-+]+ [0-9]+ -+|[\W_]*"
-)
 
 
 def _printable(text: str, keep: str = "") -> str:
@@ -626,14 +620,12 @@ def _printable(text: str, keep: str = "") -> str:
     return _UNPRINTABLE.sub(lambda match: "" if match["escape"] else match[0] if match[0] in keep else " ", text)
 
 
-def _last_words(output: str) -> str:
-    """Return a few lines of an output that say something: the last ones, and the first two."""
-    lines = [line.rstrip() for line in _printable(output[-_REASON_SIZE * 8 :], keep="\n\t").split("\n")]
-    lines = [line for line in lines if not re.fullmatch(_NOISE, line)]
-    if len(lines) > _SHOWN_LINES:  # in some languages the message comes before the frames of the stack
-        lines[2 : 2 - _SHOWN_LINES] = ["…"]
-    words = "\n".join(lines).strip()
-    return words if len(words) <= _SHOWN_SIZE else words[: _SHOWN_SIZE // 2] + "…" + words[-_SHOWN_SIZE // 2 :]
+def _excerpt(output: str) -> str:
+    """Return the beginning and the end of an output: what went wrong stands at the one or the other."""
+    text = output.strip()
+    if len(text) > 2 * _SHOWN_SIZE:
+        text = f"{text[:_SHOWN_SIZE]}\n…\n{text[-_SHOWN_SIZE:]}"
+    return _printable(text, keep="\n\t").strip()
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -832,6 +824,8 @@ class _Sink:
 def _target_path(remote_path: str, local_path: Any) -> Path:
     """Return where `download_path` puts a file: at a path, or into a folder by its own name."""
     target = _local_path("local_path", local_path)
+    if os.fsdecode(local_path).endswith(("/", os.sep)) and not target.is_dir():
+        raise BoxerValidationError(f"there is no folder {str(target)!r}")
     if target.is_dir():
         name = remote_path.rpartition("/")[2]
         if Path(name).name != name:

@@ -3742,12 +3742,12 @@ def test_the_repr_of_a_result_with_many_outputs_is_short() -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_the_error_of_an_exit_code_shows_the_few_lines_that_tell(name: str) -> None:
+def test_the_error_of_an_exit_code_shows_what_the_program_said_of_it(name: str) -> None:
     stdout, stderr, told = FAILURES[name]
     with pytest.raises(BoxerExitError) as caught:
         RunResult("boxer-1", 3, stdout, stderr, 7).check()
     shown = str(caught.value)
-    assert shown.startswith("exit code 3: ") and len(shown) < 600
+    assert shown.startswith("exit code 3: ") and len(shown) < 1_100
     assert [text for text in told if text not in shown] == []
     assert re.sub("[\n\t]", "", shown).isprintable()
 
@@ -3756,7 +3756,7 @@ def test_a_checked_run_of_a_test_runner_shows_the_end_of_its_stdout(client_of: C
     with Peer.answering(answer({**RUN, "exit_code": 1, "stdout": PYTEST})) as peer:
         error = outcome(client_of(peer.url), run(check=True))
     assert is_expected(error, (BoxerExitError, None, "1 failed, 999 passed"))
-    assert str(error).startswith("exit code 1: ") and len(str(error)) < 600
+    assert str(error).startswith("exit code 1: ") and len(str(error)) < 1_100
 
 
 ESCAPES = {
@@ -3787,7 +3787,7 @@ def test_an_escape_without_an_end_hides_no_more_than_what_follows_it(escape: str
         result, start = RunResult("boxer-1", 3, "", f"no luck\n{much}", 7), time.process_time()
         with pytest.raises(BoxerExitError, match=r"^exit code 3") as caught:
             result.check()
-        assert str(caught.value).replace("\n", "").isprintable() and len(str(caught.value)) < 600
+        assert str(caught.value).replace("\n", "").isprintable() and len(str(caught.value)) < 1_100
         assert time.process_time() - start < 2
     with pytest.raises(BoxerExitError, match="no luck"):
         RunResult("boxer-1", 3, "", f"no luck\n{escape}", 7).check()
@@ -10331,6 +10331,17 @@ def test_a_download_refuses_to_write_over_a_folder(client_of: Clients, tmp_path:
     (tmp_path / "a.txt").mkdir()
     with Peer([]) as peer, pytest.raises(BoxerValidationError, match="folder"):
         client_of(peer.url).download_path("x/a.txt", tmp_path)
+
+
+def test_a_download_into_a_folder_that_is_not_there_makes_no_file_of_its_name(
+    client_of: Clients, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with Peer([]) as peer:
+        for local in (f"{tmp_path}/new/", f"{tmp_path}/file/"):
+            with pytest.raises(BoxerValidationError, match="there is no folder"):
+                client_of(peer.url).download_path("x/a.txt", local)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 @pytest.mark.parametrize("remote", ["a/..", "..", ".", "/", "a/"])
