@@ -14426,6 +14426,7 @@ PROMISES = {
         each_output_is_whole_or_not_there
         a_run_that_was_not_wholly_sent_did_not_succeed
         a_file_that_changes_its_size_is_never_a_whole_upload
+        a_file_that_something_else_reads_is_never_a_whole_upload
         content_arrives_whole_however_it_is_given
         a_413_in_the_middle_of_an_upload_arrives
         a_413_of_the_stand_in_arrives
@@ -14440,7 +14441,7 @@ PROMISES = {
         what_does_not_speak_http_is_doubted_by_its_url
         a_proxy_that_cannot_be_reached_is_named_with_the_host_that_it_was_for
         a_bad_url_says_where_it_comes_from
-        the_error_of_an_exit_code_shows_the_few_lines_that_tell
+        the_error_of_an_exit_code_shows_what_the_program_said_of_it
         the_text_of_an_error_is_the_server_s_own_reason
     """,
     "A run is never sent twice": """
@@ -14509,6 +14510,7 @@ PROMISES = {
     "A client can be shared": """
         callers_who_make_thousands_of_calls_get_their_own_answers
         after_a_fork_neither_process_touches_the_connections_of_the_other
+        a_child_that_is_forked_while_a_call_connects_does_not_keep_the_socket
         a_killed_parent_s_connections_end_even_if_a_child_of_its_lives
         two_event_loops_at_once_get_their_own_answers_or_are_told_that_they_cannot
         every_call_works_on_another_loop
