@@ -2532,10 +2532,21 @@ class _Workers:
     next_done: Callable[[], Awaitable[_Job]]  # wait for the next one that is done
     cancel: Callable[[], None]  # the calls that are going on
     end: Callable[[], Awaitable[None]]  # cancel them, and wait until they have ended
+    failures: Any  # the exceptions that `_each` is to raise
 
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         self.count = count
         self._function = function
+        self._active: set[Any] = set()  # what cancels each call that is going on
+        self._done: Any = None  # the queue of jobs that are done
+
+    async def _do(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        try:
+            job.result = await function(*args)
+        except self.failures as error:
+            job.error = error
+        job.is_done = True
+        self._done.put_nowait(job)
 
 
 async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerator[tuple[Any, Any], None]:
@@ -2773,12 +2784,13 @@ class _SyncWorkers(_Workers):
     written in Python: an interrupt at the wrong moment leaves one taken, and the call would never end.
     """
 
+    failures = BaseException
+
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
         self._threads: list[threading.Thread] = []
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # with what each needs; None: there will be no more
-        self._done: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._active: set[_Cancellation] = set()
+        self._done = queue.SimpleQueue()
         self._is_cancelled = False
 
     def start(self, item: Any) -> _Job:
@@ -2804,25 +2816,17 @@ class _SyncWorkers(_Workers):
         self._jobs.put(None)  # for the next thread
 
     def _call(self, job: _Job, cancellation: _Cancellation) -> None:
-        self._finish(job, self._function(job.item, cancellation))
+        _run_to_completion(self._do(job, self._function, job.item, cancellation))
         self._active.discard(cancellation)
-
-    def _finish(self, job: _Job, awaitable: Awaitable[Any]) -> None:
-        try:
-            job.result = _run_to_completion(awaitable)
-        except BaseException as error:  # noqa: BLE001 - `_each` raises it
-            job.error = error
-        job.is_done = True
-        self._done.put(job)
 
     def fetch(self, source: AsyncIterator[Any]) -> _Job:
         job = _Job()
-        self._finish(job, source.__anext__())
+        _run_to_completion(self._do(job, source.__anext__))
         if not isinstance(job.error, (Exception, type(None))):
             raise job.error  # an interrupt of this thread
         return job
 
-    async def next_done(self) -> _Job:
+    async def next_done(self) -> Any:
         return self._done.get()
 
     def cancel(self) -> None:
@@ -3532,10 +3536,7 @@ class _AsyncPool(_Pool):
 class _AsyncWorkers(_Workers):
     """Calls in tasks."""
 
-    def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
-        super().__init__(function, count)
-        self._active: set[asyncio.Task[None]] = set()
-        self._done: asyncio.Queue[_Job] | None = None  # made in the loop, as Python 3.9 wants it
+    failures = (Exception, asyncio.CancelledError)  # what else ends a task ends its loop
 
     def fetch(self, source: AsyncIterator[Any]) -> _Job:
         return self._begin(_Job(), source.__anext__)
@@ -3544,23 +3545,13 @@ class _AsyncWorkers(_Workers):
         return self._begin(_Job(item), self._function, item, _Cancellation())
 
     def _begin(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> _Job:
-        self._done = self._done or asyncio.Queue()
-        task = asyncio.ensure_future(self._finish(job, function, *args))
+        self._done = self._done or asyncio.Queue()  # made in the loop, as Python 3.9 wants it
+        task = asyncio.ensure_future(self._do(job, function, *args))
         self._active.add(task)
         task.add_done_callback(self._active.discard)
         return job
 
-    async def _finish(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        try:
-            job.result = await function(*args)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - `_each` raises it
-            job.error = error
-        job.is_done = True
-        assert self._done is not None
-        self._done.put_nowait(job)
-
-    async def next_done(self) -> _Job:
-        assert self._done is not None
+    async def next_done(self) -> Any:
         return await self._done.get()
 
     def cancel(self) -> None:
