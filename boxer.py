@@ -3195,7 +3195,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self.has_ended = False
         self.loss: Exception | None = None
         self.can_take_more = True
-        self._change: asyncio.Future[None] | None = None
+        self._change = asyncio.Event()  # what `wait_for_change` waits for
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -3204,11 +3204,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         self.unread += len(data)
         super().data_received(data)
-        self._notify()
+        self._change.set()
 
     def eof_received(self) -> bool | None:
         self.has_ended = True
-        self._notify()
+        self._change.set()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -3216,7 +3216,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
             self._receive_rest()
         self.has_ended, self.loss = True, self.loss or exc
         super().connection_lost(None)
-        self._notify()
+        self._change.set()
 
     def _receive_rest(self) -> None:
         """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
@@ -3234,16 +3234,12 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def resume_writing(self) -> None:
         self.can_take_more = True
         super().resume_writing()
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._change is not None and not self._change.done():
-            self._change.set_result(None)
+        self._change.set()
 
     async def wait_for_change(self) -> None:
         """Wait until something arrives, the connection ends, or the transport can take more."""
-        self._change = asyncio.get_running_loop().create_future()
-        await self._change
+        self._change.clear()
+        await self._change.wait()
 
 
 class _AsyncConnection(_Connection):
