@@ -2601,12 +2601,9 @@ def _run_to_completion(coroutine: Awaitable[_T]) -> _T:
 
 def _blocking_iterator(results: AsyncGenerator[_T, None]) -> Generator[_T, None, None]:
     try:
-        while True:
-            try:
-                result = _run_to_completion(results.__anext__())
-            except StopAsyncIteration:
-                return
-            yield result
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield _run_to_completion(results.__anext__())
     finally:
         _run_to_completion(results.aclose())
 
