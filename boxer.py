@@ -3389,10 +3389,7 @@ class _AsyncConnection(_Connection):
 
 
 async def _within(
-    seconds: float,
-    coroutine: Coroutine[Any, Any, _T],
-    call: _Call,
-    end: Callable[[], Any] | None = None,
+    seconds: float, coroutine: Coroutine[Any, Any, _T], call: _Call, end: Callable[[], Any] | None = None
 ) -> _T:
     """Do what asyncio.wait_for does, which can lose a cancellation before Python 3.12; let the call be cancelled, too.
 
