@@ -1239,6 +1239,12 @@ class _Route(NamedTuple):
         """The host and port to connect to; a proxy is always spoken to in plain HTTP."""
         return _host_and_port(self.next_hop, _DEFAULT_PORTS["http" if self.tunnel else self.scheme])
 
+    @property
+    def peer(self) -> str:
+        """The same for the texts of errors."""
+        peer = "{}:{}".format(*self.address)
+        return peer if self.next_hop == self.origin else f"the proxy {peer} (for {self.origin})"
+
 
 class _Origin(NamedTuple):
     """Where a client's requests go, and what each of them says, as read from its base URL and the environment."""
@@ -1813,10 +1819,7 @@ class _Connection:
 
     def __init__(self, route: _Route) -> None:
         self.route = route
-        self.peer = "{}:{}".format(*route.address)  # for the texts of errors
-        if route.next_hop != route.origin:
-            self.peer = f"the proxy {self.peer} (for {route.origin})"
-        self.was_opened = False
+        self.peer = route.peer
         self.is_reusable = False  # the last exchange left the connection fit for another one
         self.idle_since = 0.0
         self.is_tls = False
@@ -1841,7 +1844,6 @@ class _Connection:
             raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
-        self.was_opened = True
         return None
 
     async def _open_tunnel(self, route: _Route) -> _Response | None:
@@ -2055,25 +2057,19 @@ class _Pool:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
             await self._take_turn(call)
-            connection = self._take_connection(route, call)
-            if connection.was_opened:
+            connection = self._take_idle(route, call)
+            if connection is not None:
                 try:
                     connection.attach(call)
                     return await connection.exchange(head, body)
                 except BoxerConnectionError as error:
                     if not (_is_own(error) and _is_harmless(call.request, error)):
                         raise
-                connection = self._replace(call, connection)
-            connection = await self._connected(connection, call)
+                connection.close()
+            connection = await self._connected(route, call)
             return await connection.open(context) or await connection.exchange(head, body)
         finally:
             self.release(call)
-
-    def _replace(self, call: _Call, connection: _Connection) -> _Connection:
-        """Give a call a new connection in place of one that has failed."""
-        connection.close()
-        new = self._busy[call] = self._new_connection(connection.route)
-        return new
 
     async def _take_turn(self, call: _Call) -> None:
         """Give a call a turn: at once, or when `release` of another call hands over its own.
@@ -2095,16 +2091,15 @@ class _Pool:
             call.check(call.request.name)
             raise AssertionError  # pragma: no cover
 
-    def _take_connection(self, route: _Route, call: _Call) -> _Connection:
-        """Give a call with a turn an idle connection, or else a new one."""
+    def _take_idle(self, route: _Route, call: _Call) -> _Connection | None:
+        """Give a call with a turn an idle connection, if there is one."""
         with self._lock:
             while (idle := self._pop_idle()) is not None:
                 if idle.route == route and time.monotonic() < idle.idle_since + _IDLE_LIMIT and idle.is_quiet():
                     self._busy[call] = idle
                     return idle
                 idle.close()
-            new = self._busy[call] = self._new_connection(route)
-            return new
+        return None
 
     def _pop_idle(self) -> _Connection | None:
         """Take the connection that was used last, in one step; None: there is none."""
@@ -2139,26 +2134,27 @@ class _Pool:
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
             self._idle.popleft().close()
 
-    async def _connected(self, connection: _Connection, call: _Call) -> _Connection:
-        """Connect to the first address that accepts; return the connection that did."""
+    async def _connected(self, route: _Route, call: _Call) -> _Connection:
+        """Return a new connection for a call, to the first address that accepts."""
         last: Exception | None = None
-        call.check(connection.peer)
+        call.check(route.peer)
         try:
-            addresses = list(await self._resolve(*connection.route.address, call))
+            addresses = list(await self._resolve(*route.address, call))
         except _ConnectionEnd as end:
             addresses, last = [], end.loss
         while addresses:
-            call.check(connection.peer)
+            call.check(route.peer)
             address = addresses.pop(0)
+            connection = self._busy[call] = self._new_connection(route)
             connection.attach(call)
             try:
                 await connection.connect(address, min(call.deadline.left, _ADDRESS_TIME if addresses else math.inf))
                 return connection
             except _ConnectionEnd as end:
                 last = end.loss
-                connection = self._replace(call, connection)
-        call.check(connection.peer)
-        message = f"{connection.peer}: no connection could be made: {last}"
+                connection.close()
+        call.check(route.peer)
+        message = f"{route.peer}: no connection could be made: {last}"
         raise BoxerConnectionError(message, request_sent=False) from last
 
     def close_idle(self) -> None:
