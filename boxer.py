@@ -228,7 +228,8 @@ class _Kept:
     """What this module keeps in a process. It stays behind if cloudpickle pickles the module by value."""
 
     def __init__(self) -> None:
-        self.heads: dict[bytes, _Head] = {}  # decoded
+        decoded = lambda data: _decoded_head(data)  # noqa: E731, PLW0108 - that is defined below
+        self.decoded_head = functools.lru_cache(_HEADS_KEPT)(decoded)  # heads often repeat until the Date changes
         self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all there are
         self.originals: weakref.WeakValueDictionary[str, _Client] = weakref.WeakValueDictionary()  # by pickles' tokens
         self.loaded: collections.deque[_Client] = collections.deque(maxlen=_LOADED_LIMIT)  # nothing else keeps these
@@ -1625,7 +1626,7 @@ class _Decoder:
         end = data.find(b"\r\n\r\n", 0, _HEAD_LIMIT)
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
-        head, content = _kept_head(data[:end]), data[end + 4 :]
+        head, content = _KEPT.decoded_head(data[:end]), data[end + 4 :]
         if head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
@@ -1653,7 +1654,7 @@ class _Decoder:
 
     def _decode(self) -> Generator[None, None, None]:
         for _ in range(_INTERIM_LIMIT + 1):  # of the interim responses, nothing is of use
-            head = self._head = _kept_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
+            head = self._head = _KEPT.decoded_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
             if head.code >= 200:
                 break
         else:
@@ -1729,16 +1730,6 @@ class _Decoder:
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
             searched = max(0, arrived - len(delimiter) + 1)
             yield
-
-
-def _kept_head(data: bytes) -> _Head:
-    """Decode a head, or find it decoded: a server's heads are often identical until the Date changes."""
-    head = _KEPT.heads.get(data)
-    if head is None:
-        if len(_KEPT.heads) >= _HEADS_KEPT:
-            _KEPT.heads.clear()
-        head = _KEPT.heads[data] = _decoded_head(data)
-    return head
 
 
 def _decoded_head(data: bytes) -> _Head:
