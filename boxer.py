@@ -757,23 +757,19 @@ def _regular_file(path: Path, target: Path) -> Path:
     return target
 
 
-def _opened(path: Path | Content) -> Any:
-    """Return a context manager for content: of a path, the open file, or its bytes if it is small; else as it is.
-
-    Something else may have been put in the file's place since it was seen to be a file.
-    """
-    if not isinstance(path, Path):
-        return contextlib.nullcontext(path)
+@contextlib.contextmanager
+def _opened(content: Path | Content) -> Iterator[Any]:
+    """Open content: of a path, give the open file, or its bytes if it is small; anything else as it is."""
+    if not isinstance(content, Path):
+        yield content
+        return
     # Where the system has these flags: follow no link, and do not wait for a pipe's writer.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - the caller closes it
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size >= _SMALL_UPLOAD:
-        return file
-    with file:
-        if stat.S_ISREG(status.st_mode):
-            return contextlib.nullcontext(file.read())
-    raise BoxerValidationError(f"{str(path)!r} is no longer a file")
+    with open(content, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):  # something else has been put in the file's place since it was seen
+            raise BoxerValidationError(f"{str(content)!r} is no longer a file")
+        yield file if status.st_size >= _SMALL_UPLOAD else file.read()
 
 
 class _Sink:
