@@ -111,6 +111,7 @@ import ssl
 import stat
 import threading
 import time
+import traceback
 import types
 import urllib.error
 import urllib.parse
@@ -2012,10 +2013,7 @@ def _is_own(error: BaseException) -> bool:
     A signal handler, or a file object, leaves a frame of another module in the traceback, be it one of the package that
     holds this one, and even if it is an error of another client, which it uses.
     """
-    trace, modules = error.__traceback__, set()
-    while trace is not None:
-        modules.add(str(trace.tb_frame.f_globals.get("__name__")))
-        trace = trace.tb_next
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)}
     others = {name.partition(".")[0] for name in modules - {__name__}}
     files = {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
     return others <= {"asyncio", "concurrent", "contextlib", "gevent", "socket", "ssl", "urllib", "uvloop", *files}
