@@ -3170,7 +3170,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self.has_ended = False
         self.loss: Exception | None = None
         self.can_take_more = True
-        self._change = asyncio.Event()  # what `wait_for_change` waits for
+        self.change = asyncio.Event()  # something arrives, the connection ends, or the transport can take more
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -3179,11 +3179,11 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         self.unread += len(data)
         super().data_received(data)
-        self._change.set()
+        self.change.set()
 
     def eof_received(self) -> bool | None:
         self.has_ended = True
-        self._change.set()
+        self.change.set()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -3191,7 +3191,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
             self._receive_rest()
         self.has_ended, self.loss = True, self.loss or exc
         super().connection_lost(None)
-        self._change.set()
+        self.change.set()
 
     def _receive_rest(self) -> None:
         """Read the rest from the socket: a write failed before the transport had. Over TLS this is impossible."""
@@ -3209,12 +3209,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def resume_writing(self) -> None:
         self.can_take_more = True
         super().resume_writing()
-        self._change.set()
-
-    async def wait_for_change(self) -> None:
-        """Wait until something arrives, the connection ends, or the transport can take more."""
-        self._change.clear()
-        await self._change.wait()
+        self.change.set()
 
 
 class _AsyncConnection(_Connection):
@@ -3304,7 +3299,8 @@ class _AsyncConnection(_Connection):
 
     async def drain(self) -> bytes:
         while not self._protocol.can_take_more and not self._has_arrived:
-            await self._protocol.wait_for_change()
+            self._protocol.change.clear()
+            await self._protocol.change.wait()
         return await self.receive() if self._has_arrived else b""
 
     async def receive(self) -> bytes:
