@@ -3465,10 +3465,8 @@ class _AsyncPool(_Pool):
     async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
         await self._end_of_loop.__anext__()  # start the generator here, so that the loop, at its end, closes it
         with _system_errors():
-            if host == "localhost":
-                return _look_up(host, port)  # this takes no time and no thread
-            with contextlib.suppress(socket.gaierror):  # the same goes for an address
-                return _look_up(host, port, socket.AI_NUMERICHOST)
+            with contextlib.suppress(socket.gaierror):  # an address, or localhost, takes no time and no thread
+                return _look_up(host, port, 0 if host == "localhost" else socket.AI_NUMERICHOST)
             return await _within(call.deadline.left, _in_thread(_look_up, host, port), call)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
