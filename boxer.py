@@ -154,6 +154,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("boxer")
+_LOG.addHandler(logging.NullHandler())
 _T = TypeVar("_T")
 
 
@@ -411,6 +412,10 @@ def _files(files: Any) -> Any:
     for name in names:
         if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
             raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
+    for name, content in files.items():
+        if not (isinstance(content, (bytes, bytearray, memoryview, str, os.PathLike)) or hasattr(content, "read")):
+            kind = type(content).__name__
+            raise TypeError(f"files[{name!r}] must be bytes, str, a path or a binary file, not {kind}")
     objects = [id(content) for content in files.values() if hasattr(content, "read")]
     if len(set(objects)) < len(objects):
         raise BoxerValidationError("files has one file object under two names; open the file twice, or give its path")
@@ -698,12 +703,21 @@ def _local_path(name: str, path: Any) -> Path:
     return Path(path)
 
 
+def _resolved(path: Path) -> Path:
+    """Do what Path.resolve does, which raises RuntimeError for a loop of links before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def _local_files(local_path: _LocalPath, remote_path: str | None, exclude: Iterable[str]) -> list[tuple[str, Path]]:
     """Return what `upload_path` is to send, in the order of the sorted local paths."""
     local = _local_path("local_path", local_path)
-    root = local.resolve()
+    root = _resolved(local)
     own_name = (root if local.name in ("", "..") else local).name
     patterns = [pattern.rstrip("/").split("/") for pattern in _texts("exclude", exclude)]
+    for pattern in patterns:
+        if {"", ".", "..", "**"} & set(pattern):  # these match nothing, and what they are to leave out may be secret
+            what = "a pattern is a name, such as '.env', or a path below the folder, such as 'sub/.env'"
+            raise BoxerValidationError(f"exclude has {'/'.join(pattern)!r}, and {what}")
     prefix = _clean_path("remote_path", own_name if remote_path is None else remote_path)
     if not root.is_dir():
         return [(prefix + own_name if prefix.endswith("/") else prefix, _regular_file(local, root))]
@@ -828,10 +842,12 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
                 f"{remote_path!r} ends in a name that no file can have here; give the path of a file"
             )
         target /= name
-    if target.exists() and not target.is_file():
+    if target.is_symlink():
+        target = _resolved(target)
+    if os.path.lexists(target) and not target.is_file():
         what = "a folder" if target.is_dir() else "no ordinary file"
         raise BoxerValidationError(f"{str(target)!r} is {what}; nothing is written over it")
-    return target.resolve() if target.is_symlink() else target
+    return target
 
 
 def _output_target(output_dir: _LocalPath, name: str) -> Path:
@@ -840,13 +856,13 @@ def _output_target(output_dir: _LocalPath, name: str) -> Path:
     *parents, last = name.split("/")
     if len(parents) > _DEPTH_LIMIT:
         raise BoxerError(f"the output {name[:_SHOWN_SIZE]!r} lies more than {_DEPTH_LIMIT} folders deep")
-    resolved = folder.resolve().joinpath(*parents)
+    resolved = _resolved(folder).joinpath(*parents)
     for parent in parents:
         folder /= parent
         if folder.is_symlink():
             break
         folder.mkdir(exist_ok=True)
-    if folder.resolve() != resolved:
+    if _resolved(folder) != resolved:
         raise BoxerError(f"{str(folder)!r} is a link, or behind one; no output is written through it")
     return folder / last
 
@@ -3351,6 +3367,8 @@ class _AsyncConnection(_Connection):
         if self._tcp.sock is not None and not self._loop.is_running():  # the loop does not close the socket
             with contextlib.suppress(OSError):
                 self._tcp.sock.shutdown(socket.SHUT_RDWR)
+            if self._loop.is_closed():
+                self._tcp.sock.close()
 
     def abort(self) -> None:
         self._protocol.loss = self._protocol.loss or ConnectionAbortedError("broken off by this client")
@@ -3702,7 +3720,7 @@ class AsyncBoxerClient(_Client):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 _TIME_IS_UP, _OURS, _INTERRUPTED = 124, 125, 130  # exit codes that are not the program's, as `docker run` has them
-_FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # a loop of links is a RuntimeError before Python 3.13
+_FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # RuntimeError: no thread can be started
 _HINTS = {
     0: "; --timeout (or --wait) waits longer",
     408: "; --time-limit gives it more time; if it printed a lot, have it write to /output, and fetch that with -o",
@@ -3817,7 +3835,7 @@ def _add_run(add: Any) -> None:
     add("-f", action="append", dest="files", default=[], metavar="LOCAL[:NAME]", help=text)
     _add_exclude(add)
     add("-o", dest="output_dir", metavar="DIR", help="a local folder for all that the program writes to /output")
-    add("-i", action="store_true", dest="has_input", help="give standard input to the program")
+    add("-i", action="store_true", dest="has_input", help="give standard input to the program; it is read whole first")
     add("-w", dest="cwd", metavar="DIR", help="the working directory; where there are files, relative to their folder")
     add("--time-limit", type=int, dest="wall_clock_secs", metavar="S", help="seconds; past it, the exit code is 124")
     add("--memory", type=int, dest="memory_mb", metavar="MB", help="MiB of memory")
