@@ -163,6 +163,9 @@ class _Default(enum.Enum):
 
     CLIENT = "the client's own setting"
 
+    def __repr__(self) -> str:
+        return "<the client's own>"
+
 
 _OWN = _Default.CLIENT
 
