@@ -167,7 +167,7 @@ class _Default(enum.Enum):
         return "<the client's own>"
 
 
-_OWN = _Default.CLIENT
+_UNSET = _Default.CLIENT
 
 # The types that parameters accept.
 Content = Union[bytes, bytearray, memoryview, str, IO[bytes]]
@@ -186,7 +186,7 @@ _LocalPath = Union[str, os.PathLike[str]]
 
 # Of a request.
 _READ_SIZE = 2 * 1024 * 1024  # bytes to read from a file at a time; with asyncio, a thread does it
-_PIECE = 1024 * 1024  # bytes of other content to handle at a time
+_PIECE_SIZE = 1024 * 1024  # bytes of other content to handle at a time
 _SEND_SIZE = 256 * 1024  # bytes of content to send at a time; the deadline starts again after each
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
@@ -216,20 +216,20 @@ _REMOVAL_TIME = 10.0  # to remove what a run has left of its own files
 _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
-_TIMER_STEP = 0.002  # by which a timer may ring early; a deadline as near as that counts as passed
+_TIMER_SLACK = 0.002  # by which a timer may ring early; a deadline as near as that counts as passed
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
-_LATE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
+_GRACE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
 _PROGRESS_PAUSE = 0.1  # between two looks how far it is
 
-# Of what is kept.
+# Of caches.
 _LOADED_LIMIT = 8  # clients whose pickles were loaded
 
 # Of tries.
 _RACE_TRIES = 15  # after the server lost an output: one try in three meets that, so one call in 10^7 uses up 15
 
 
-class _Kept:
+class _ProcessState:
     """What this module keeps in a process. It stays behind if cloudpickle pickles the module by value."""
 
     def __init__(self) -> None:
@@ -243,7 +243,7 @@ class _Kept:
         return type(self), ()
 
 
-_KEPT = _Kept()
+_PROCESS = _ProcessState()
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class RunRequest:
     """What a run is asked to do: to keep, compare or show, to send with `client.send`, or many of them with `run_many`.
 
     The parameters are those of `BoxerClient.run`, and `tag`: anything of the caller's, which is not sent. `env` may be
-    given as a mapping or a list of `K=V`, `limits` as ResourceLimits or a mapping; they are kept as a tuple and as
+    given as a mapping or a list of `K=V`, and is kept as a tuple; `limits`, as ResourceLimits or a mapping, are kept as
     ResourceLimits. Raises BoxerValidationError for what cannot be right, TypeError for a wrong type. The repr shows
     the names in `env` and in a mapping in `files`, not what they stand for, and no `input`.
     """
@@ -537,9 +537,9 @@ def _shortened(value: Any) -> str:
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 #
-# The module's docstring shows the tree. Nothing else leaves a client for a fault of the network, the protocol or the
-# server. Using a closed client is a RuntimeError and a wrong type a TypeError; a local file that cannot be read raises
-# its own OSError.
+# The module's docstring shows the tree. A fault of the network, the protocol or the server raises one of these, and
+# nothing else does. Using a closed client is a RuntimeError and a wrong type a TypeError; a local file that cannot be
+# read raises its own OSError.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -630,9 +630,8 @@ def _printable(text: str, keep: str = "") -> str:
 def _excerpt(output: str) -> str:
     """Return the beginning and the end of an output: what went wrong stands at the one or the other."""
     text = output.strip()
-    if len(text) > 2 * _SHOWN_SIZE:
-        text = f"{text[:_SHOWN_SIZE]}\n…\n{text[-_SHOWN_SIZE:]}"
-    return _printable(text, keep="\n\t").strip()
+    parts = [text] if len(text) <= 2 * _SHOWN_SIZE else [text[:_SHOWN_SIZE], text[-_SHOWN_SIZE:]]
+    return "\n…\n".join(_printable(part, keep="\n\t").strip() for part in parts)
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -729,7 +728,7 @@ def _local_files(local_path: _LocalPath, remote_path: str | None, exclude: Itera
     for parts in sorted(_walk(root, patterns)):
         path = root.joinpath(*parts)
         name = _clean_path(f"the name {str(path)!r}", "/".join(parts))
-        uploads.append((f"{prefix}/{name}", _regular_file(path, _target(path, root))))
+        uploads.append((f"{prefix}/{name}", _regular_file(path, _link_target(path, root))))
     return uploads
 
 
@@ -754,7 +753,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
 
 
-def _target(path: Path, root: Path) -> Path:
+def _link_target(path: Path, root: Path) -> Path:
     """Return the file that a path leads to, through a link if that stays within the folder."""
     if not path.is_symlink():
         return path
@@ -796,7 +795,7 @@ class _Sink:
     def __init__(self, file: Any) -> None:
         if isinstance(file, io.TextIOBase):
             raise TypeError("the file must be a binary file, opened with mode 'wb', not one in text mode")
-        self.is_over = False  # set when the call has ended, perhaps while a thread still writes
+        self.is_abandoned = False  # set when the call has ended, perhaps while a thread still writes
         self._file = file
         self.written = 0  # bytes so far
         self.length = math.inf  # of the content in bytes; set once the response says it
@@ -822,7 +821,7 @@ class _Sink:
     def write(self, content: bytes) -> None:
         left = memoryview(content)
         while left:
-            if self.is_over:
+            if self.is_abandoned:
                 raise BoxerError("the call has ended meanwhile")
             size = self._file.write(left if len(left) < len(content) else content)
             _refuse_awaitable(size)
@@ -833,7 +832,7 @@ class _Sink:
             left = left[size:]
 
 
-def _target_path(remote_path: str, local_path: Any) -> Path:
+def _local_target(remote_path: str, local_path: Any) -> Path:
     """Return where `download_path` puts a file: at a path, or into a folder by its own name."""
     target = _local_path("local_path", local_path)
     if os.fsdecode(local_path).endswith(("/", os.sep)) and not target.is_dir():
@@ -853,7 +852,7 @@ def _target_path(remote_path: str, local_path: Any) -> Path:
     return target
 
 
-def _output_target(output_dir: _LocalPath, name: str) -> Path:
+def _output_file(output_dir: _LocalPath, name: str) -> Path:
     """Return where an output goes below a local folder; make the folders on the way, and go through no link."""
     folder = Path(output_dir)
     *parents, last = name.split("/")
@@ -882,7 +881,7 @@ def _written(target: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, target)  # noqa: PTH105 - as in the documentation: an atomic step
     except OSError as error:
         # A system call has failed: it was about the target, as far as the caller knows.
-        if error.errno is not None and _is_own(error):
+        if error.errno is not None and _is_ours(error):
             error.filename = str(target)
         raise
     finally:
@@ -892,7 +891,7 @@ def _written(target: Path) -> Iterator[IO[bytes]]:
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 
-# A run leaves no trace, so it may be sent again; one with a network may be seen from outside, so it is sent once.
+# A run leaves no trace, so it may be sent again; one with a network may have had effects outside, so it is sent once.
 _Kind = Literal["run", "run with a network", "download", "other"]
 
 
@@ -969,7 +968,7 @@ class _Multipart:
             raise BoxerError("the content has been read and cannot be rewound, so it cannot be sent again")
         yield self._coded(self._before)
         if isinstance(self._content, memoryview):
-            yield from (self._content[at : at + _PIECE] for at in range(0, len(self._content), _PIECE))
+            yield from (self._content[at : at + _PIECE_SIZE] for at in range(0, len(self._content), _PIECE_SIZE))
         elif self._size is not None:
             yield from _read_whole(self._content, self._size)
         else:
@@ -1091,7 +1090,7 @@ class _Response:
         self.code, self.msg, self.fields = head.code, head.reason, head.fields
         self.is_success = 200 <= head.code < 300
         self.coding = head.fields.get("content-encoding", "").lower() or "identity"
-        self.is_plain = head.code == 200 and self.coding == "identity"
+        self.is_whole_file = head.code == 200 and self.coding == "identity"
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -1117,12 +1116,12 @@ def _run_result(response: _Response) -> RunResult:
         return result
     except (BoxerValidationError, KeyError, TypeError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
-        raise BoxerAPIError(f"the result {what}; {_doubt(response)}", response.code) from error
+        raise BoxerAPIError(f"the result {what}; {_no_boxer(response)}", response.code) from error
 
 
 def _check_uploaded(response: _Response) -> None:
     if not isinstance(_checked_json(response).get("path"), str):
-        raise BoxerAPIError(f"nothing says where the file went; {_doubt(response)}", response.code)
+        raise BoxerAPIError(f"nothing says where the file went; {_no_boxer(response)}", response.code)
 
 
 def _listed_names(response: _Response) -> Sequence[str]:
@@ -1171,7 +1170,7 @@ def _file_content_or_none(response: _Response) -> bytes | None:
 def _checked(response: _Response) -> _Response:
     """Return a successful response; raise the right error for any other."""
     if not response.is_success:
-        reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_doubt(response)}"
+        reason = _reason(response) if _server_error(response) else f"{_reason(response)}; {_no_boxer(response)}"
         raise _ERROR_OF_STATUS.get(response.code, BoxerAPIError)(reason, response.code)
     if response.coding != "identity":
         message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
@@ -1187,7 +1186,7 @@ def _checked_json(response: _Response) -> dict[str, Any]:
         return _json_object(content)
     except _NO_JSON_OBJECT as error:
         shown = f"begins with {_printable(content[:80].decode('utf-8', 'replace'))!r}" if content else "is empty"
-        message = f"the answer should be a JSON object, and {shown}; {_doubt(response)}"
+        message = f"the answer should be a JSON object, and {shown}; {_no_boxer(response)}"
         raise BoxerAPIError(message, response.code) from error
 
 
@@ -1201,7 +1200,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _doubt(response: _Response) -> str:
+def _no_boxer(response: _Response) -> str:
     return f"this answer to {response.asked} is not a Boxer server's: look at the URL, and at proxies on the way"
 
 
@@ -1456,7 +1455,7 @@ class _Cancellation:
                 self._interrupt()
 
     def interrupt_by(self, interrupt: Callable[[], Any] | None) -> Callable[[], Any] | None:
-        """Set what ends the next waits, and do so now if the call has been cancelled; return what was set before."""
+        """Set the function that ends a wait, and call it at once if the call is cancelled; return the one before it."""
         with self._lock:
             earlier, self._interrupt = self._interrupt, interrupt
             if self.reason is not None and interrupt is not None:
@@ -1487,14 +1486,14 @@ class _Call:
         """Raise the right error if the call was cancelled, or its deadline has passed."""
         if self.cancellation.reason is not None:
             raise BoxerConnectionError(f"{peer}: {self.cancellation.reason}", self.was_sent)
-        if self.deadline.left <= _TIMER_STEP:
+        if self.deadline.left <= _TIMER_SLACK:
             raise self.deadline.error(peer)
 
 
 # The server's race: the output of a short program that did run is lost.
 _RACE = r"read std(out|err): .*file already closed"
 # Reasons of the server for a 500 that another try will meet again.
-_LASTING = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
+_PERMANENT = ("image pull failed", "spec build failed", "network setup failed", "start runsc: context")
 
 
 class _Tries:
@@ -1503,7 +1502,7 @@ class _Tries:
     def __init__(self, call: _Call, retries: int) -> None:
         self._call = call
         self._retries = retries
-        self._made = 0
+        self._retried = 0
         self._races_left = _RACE_TRIES if retries and call.request.kind == "run" else 0
 
     def pause_after(self, outcome: _Response | BoxerConnectionError) -> float | None:
@@ -1517,11 +1516,11 @@ class _Tries:
             if isinstance(outcome, BoxerConnectionError):
                 is_over = _is_harmless(request, outcome)
             else:
-                is_over = outcome.code in (429, 503) or (error is not None and not error.startswith(_LASTING))
-            if not is_over or self._made >= self._retries:
+                is_over = outcome.code in (429, 503) or (error is not None and not error.startswith(_PERMANENT))
+            if not is_over or self._retried >= self._retries:
                 return None
-            self._made += 1
-            pause, log_level = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._made, 5), 8.0), logging.WARNING
+            self._retried += 1
+            pause, log_level = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._retried, 5), 8.0), logging.WARNING
             if isinstance(outcome, _Response):
                 pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
         if not _can_be_sent(request) or pause >= call.deadline.left:
@@ -1582,7 +1581,7 @@ class _LostError(_ProtocolError, ConnectionError):
     """The connection ended before the response did. An OSError, since `_is_harmless` looks for one as the cause."""
 
 
-class _ContentLimit(Exception):  # noqa: N818 - no error of anybody's
+class _ContentLimit(Exception):  # noqa: N818 - it ends a loop, and is no error
     """There is more content than is wanted."""
 
 
@@ -1642,7 +1641,7 @@ class _Decoder:
         end = data.find(b"\r\n\r\n", 0, _HEAD_LIMIT)
         if end < 0 or not data.startswith(b"HTTP/1.1 200 "):
             return False
-        head, content = _KEPT.decoded_head(data[:end]), data[end + 4 :]
+        head, content = _PROCESS.decoded_head(data[:end]), data[end + 4 :]
         if head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
         self._head, self.response, self.is_complete = head, _Response(head, content), True
@@ -1657,7 +1656,7 @@ class _Decoder:
         return content
 
     def end(self, loss: Exception | None) -> None:
-        """Complete a response that goes on to the end of the connection; `loss` says why that was lost, if it was."""
+        """Complete a response that goes on to the end of the connection; `loss` is the error that broke it, if any."""
         why = f" ({loss})" if loss else ""
         if self.response is None:
             where = "within the head of the answer" if self.has_rest else "before an answer came"
@@ -1670,14 +1669,14 @@ class _Decoder:
 
     def _decode(self) -> Generator[None, None, None]:
         for _ in range(_INTERIM_LIMIT + 1):  # of the interim responses, nothing is of use
-            head = self._head = _KEPT.decoded_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
+            head = self._head = _PROCESS.decoded_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
             if head.code >= 200:
                 break
         else:
             raise _ProtocolError("there were too many interim answers")
         response = self.response = _Response(head)
         self._content = io.BytesIO()
-        if not response.is_plain:
+        if not response.is_whole_file:
             self._content_limit = _ERROR_LIMIT  # nobody wants more of it
         try:
             if head.is_chunked:
@@ -1822,7 +1821,7 @@ class _ConnectionEnd(Exception):  # noqa: N818 - an end need not be an error
 class _Connection:
     """A connection, and what is said over it. Each client has its own way to wait, in the verbs at the end."""
 
-    call: _Call  # whose request is being exchanged; an idle connection has none
+    call: Any = None  # the _Call whose request is being exchanged; an idle connection has none
 
     def __init__(self, route: _Route) -> None:
         self.route = route
@@ -1833,14 +1832,14 @@ class _Connection:
 
     async def open(self, context: ssl.SSLContext | None) -> _Response | None:
         """Go through the proxy and TLS; return the proxy's refusal, if it refuses."""
-        step = ""
+        prefix = ""
         try:
             if self.route.tunnel is not None:
                 refusal = await self._open_tunnel(self.route)
                 if refusal is not None:
                     return refusal
             if context is not None:
-                step = "TLS failed: "
+                prefix = "TLS failed: "
                 host, _ = _host_and_port(self.route.tunnel or self.route.next_hop, 443)
                 await self.start_tls(context, host.partition("%")[0].rstrip("."))
                 self.is_tls = True
@@ -1848,7 +1847,7 @@ class _Connection:
             self.call.check(self.peer)
             what = str(end.loss or "") or "the connection was closed"
             what += "; it seems to speak plain HTTP, not TLS" if _speaks_plain_http(end.loss) else ""
-            raise BoxerConnectionError(f"{self.peer}: {step}{what}", request_sent=False) from end.loss or end
+            raise BoxerConnectionError(f"{self.peer}: {prefix}{what}", request_sent=False) from end.loss or end
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", request_sent=False) from error
         return None
@@ -1897,7 +1896,7 @@ class _Connection:
                 figures = self.sent, decoder.received, time.monotonic() - began, call.tries
                 text = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
                 _LOG.debug(text, call.request.name, code, *figures)
-        is_whole = is_whole and self.all_is_taken
+        is_whole = is_whole and self.is_all_sent
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.sent > 0)
@@ -1933,8 +1932,8 @@ class _Connection:
                     size = decoder.size
                     call.deadline.start_again("progress")
                     await self._save(decoder)
-                elif call.deadline.left <= 0:  # what has arrived by the deadline counts
-                    late_end = min(late_end, time.monotonic() + _LATE_TIME)
+                elif call.deadline.left <= 0:  # what has arrived by the deadline counts, but a flood has to end
+                    late_end = min(late_end, time.monotonic() + _GRACE_TIME)
                     if time.monotonic() >= late_end:
                         call.check(self.peer)
         except _ConnectionEnd as end:
@@ -1950,13 +1949,13 @@ class _Connection:
     async def _save(self, decoder: _Decoder) -> None:
         """Write what has come of a whole file to the request's sink, if it has one: piece by piece, and the rest."""
         sink, response = self.call.request.sink, decoder.response
-        if sink is None or response is None or not response.is_plain:
+        if sink is None or response is None or not response.is_whole_file:
             return
         sink.length = response.head.length
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
-        elif content := decoder.take(least=_PIECE):
+        elif content := decoder.take(least=_PIECE_SIZE):
             await self.write(sink, content)
             self.call.deadline.start_again("progress")
 
@@ -1979,7 +1978,7 @@ class _Connection:
     abort: Callable[[], None]  # end whatever waits on the connection, from another thread or task
     close: Callable[[], None]  # at once; whether it is open or not
     fileno: Callable[[], int]  # the socket's descriptor; -1 if there is none
-    all_is_taken: bool  # the system has taken all that was to be sent
+    is_all_sent: bool  # the system has taken all that was to be sent
     sent = 0  # bytes of the request that is being exchanged
 
 
@@ -2015,18 +2014,18 @@ def _system_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _is_of_the_system(error):
+        if not _is_system_error(error):
             raise
         raise _ConnectionEnd(error) from error
 
 
-def _is_of_the_system(error: OSError) -> bool:
+def _is_system_error(error: OSError) -> bool:
     """Tell a failed system call from an OSError that code of the caller's raised during one."""
     is_for_certain = isinstance(error, (socket.gaierror, ssl.SSLError))
-    return not isinstance(error, BoxerError) and (is_for_certain or _is_own(error))
+    return not isinstance(error, BoxerError) and (is_for_certain or _is_ours(error))
 
 
-def _is_own(error: BaseException) -> bool:
+def _is_ours(error: BaseException) -> bool:
     """Tell an error of what this client does from one that code of the caller's has raised meanwhile.
 
     A signal handler, or a file object, leaves a frame of another module in the traceback, be it one of the package that
@@ -2053,7 +2052,7 @@ class _Pool:
         self._busy: dict[_Call, _Connection | None] = {}
         self._queue: dict[_Call, Any] = {}  # first come, first served; with the event that ends the wait
         self._idle: collections.deque[_Connection] = collections.deque()  # the one that was used last at the right
-        _KEPT.pools.add(self)
+        _PROCESS.pools.add(self)
 
     async def exchange(
         self, route: _Route, context: ssl.SSLContext | None, head: bytes, body: bytes | _Multipart, call: _Call
@@ -2067,7 +2066,7 @@ class _Pool:
                     connection.attach(call)
                     return await connection.exchange(head, body)
                 except BoxerConnectionError as error:
-                    if not (_is_own(error) and _is_harmless(call.request, error)):
+                    if not (_is_ours(error) and _is_harmless(call.request, error)):
                         raise
                 connection.close()
             connection = await self._connected(route, call)
@@ -2132,7 +2131,7 @@ class _Pool:
 
     def _keep(self, connection: _Connection) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
-        vars(connection).pop("call", None)  # forget what was sent; an interrupt may have come before `attach`
+        connection.call = None  # forget what was sent
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
@@ -2153,6 +2152,7 @@ class _Pool:
             connection.attach(call)
             try:
                 await connection.connect(address, min(call.deadline.left, _ADDRESS_TIME if addresses else math.inf))
+                call.check(route.peer)  # the alarm may have rung before there was anything to abort
                 return connection
             except _ConnectionEnd as end:
                 last = end.loss
@@ -2185,7 +2185,7 @@ class _Pool:
         connections = filter(None, (*self._busy.values(), *self._idle))
         for descriptor in {connection.fileno() for connection in connections} - {-1}:
             os.dup2(null, descriptor, inheritable=False)
-        self._parents_calls = self._busy  # kept, so that nothing complains of an unclosed connection
+        self._parents_calls = self._busy  # kept for good: a connection that is collected would say that it is unclosed
         self._busy = {call: own for call, own in self._busy.items() if call.thread == threading.get_ident()}
         self._queue.clear()
         self.calls = {call for call in self.calls if call.thread == threading.get_ident()}
@@ -2201,7 +2201,7 @@ class _Pool:
 
 def _leave_to_parent() -> None:
     with Path(os.devnull).open("r+b", buffering=0) as null:
-        for pool in list(_KEPT.pools):
+        for pool in list(_PROCESS.pools):
             pool.leave_to_parent(null.fileno())
 
 
@@ -2233,8 +2233,8 @@ class _Client:
         }
         self._origin = _origin(base_url, self._settings["headers"])
         self._context = _tls_context(self._origin.scheme, ssl_context)
-        self._pools: dict[Any, Any] = {}  # of the asyncio client, by event loop
-        self._open_content: Callable[..., Any] = _opened  # the command line counts what is read
+        self._pools: dict[Any, Any] = {}  # of the asyncio client, by event loop; here, so that its copies share it
+        self._open_content: Callable[..., Any] = _opened  # the command line replaces it, to count what is read
         self._is_closed = False
         self._needs_closing = True
         self._token = os.urandom(8).hex()  # its copies in other processes have the same
@@ -2245,7 +2245,7 @@ class _Client:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._original is None:
-            _KEPT.originals[self._token] = self
+            _PROCESS.originals[self._token] = self
         return _copy, (type(self), self._settings, self._token)
 
     def __del__(self) -> None:
@@ -2258,7 +2258,7 @@ class _Client:
         if self._is_closed or (self._original is not None and self._original._is_closed):  # noqa: SLF001 - a client
             raise RuntimeError(f"{self!r} is closed")
 
-    def _options(self, timeout: Timeout = _OWN, retries: int | None = None) -> _Options:
+    def _options(self, timeout: Timeout = _UNSET, retries: int | None = None) -> _Options:
         """Begin a call of a public method. A client that is closed later ends it with BoxerConnectionError."""
         self._check_open()
         seconds = self._settings["timeout"] if isinstance(timeout, _Default) else _seconds("timeout", timeout)
@@ -2283,7 +2283,7 @@ class _Client:
             response.asked = asked
             return interpret(response)
         except BoxerError as error:
-            if not _is_own(error):
+            if not _is_ours(error):
                 raise
             where = [asked] if isinstance(error, BoxerConnectionError) else []
             where += [f"file {request.path!r}"] if request.path else []
@@ -2292,7 +2292,7 @@ class _Client:
         finally:
             pool.calls.discard(call)
             if request.sink is not None:
-                request.sink.is_over = True
+                request.sink.is_abandoned = True
 
     async def _last_response(self, pool: _Pool, call: _Call, tries: _Tries) -> _Response:
         """Send a request until it succeeds, or may not be tried again."""
@@ -2305,7 +2305,7 @@ class _Client:
                 if pause is None:
                     return response
             except BoxerConnectionError as error:
-                if not _is_own(error):
+                if not _is_ours(error):
                     raise
                 pause = tries.pause_after(error)
                 error.request_sent = call.was_sent  # the policy asked about this try; the caller, about all of them
@@ -2321,11 +2321,11 @@ class _Client:
         try:
             while True:
                 try:
-                    seconds = max(_TIMER_STEP, min(call.deadline.left, 5.0))
+                    seconds = max(_TIMER_SLACK, min(call.deadline.left, 5.0))
                     await self._exchange(_HEALTH_REQUEST, _checked, _Options(seconds, retries=0))
                     return
                 except (BoxerAPIError, BoxerConnectionError) as error:
-                    if not _is_own(error):
+                    if not _is_ours(error):
                         raise
                     if reason is None or not isinstance(error, BoxerTimeoutError):  # the last try may have had no time
                         reason = error
@@ -2348,7 +2348,7 @@ class _Client:
     ) -> list[str]:
         """Upload files, several at a time, and return their remote paths."""
         if len(uploads) == 1:
-            await upload(uploads[0], options)  # without a thread: none can start at the interpreter's exit
+            await upload(uploads[0], options)  # one upload is not worth a thread
         elif uploads:
             workers = self._new_workers(
                 lambda item, cancellation: upload(item, options._replace(cancellation=cancellation)), _UPLOADS_AT_A_TIME
@@ -2419,11 +2419,11 @@ class _Client:
         """Have the server remove a run's own files. Whatever comes of it, the call's result or error stays."""
         deadline = _Deadline(_REMOVAL_TIME)
         for run in plan.removals():
-            left = max(_TIMER_STEP, deadline.left)
+            left = max(_TIMER_SLACK, deadline.left)
             try:
                 await self._exchange(_run_request(run), _run_result, _Options(left, 2, options.cancellation))
             except BoxerError as error:
-                if not _is_own(error):
+                if not _is_ours(error):
                     raise
                 _LOG.debug("files of a run were left on the server: %s", error)
 
@@ -2447,16 +2447,16 @@ class _Client:
 
     async def _save_output(self, path: str, output_dir: _LocalPath, name: str, options: _Options) -> None:
         try:
-            with _written(_output_target(output_dir, name)) as file:
+            with _written(_output_file(output_dir, name)) as file:
                 await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
         except (OSError, UnicodeError) as error:
-            if isinstance(error, OSError) and not _is_of_the_system(error):
+            if isinstance(error, OSError) and not _is_system_error(error):
                 raise
             raise BoxerError(f"the output {name!r} could not be written to {output_dir}: {error}") from error
 
     async def _download_path(self, path: str, local: Any, options: _Options) -> None:
         is_file = hasattr(local, "write") and not isinstance(local, os.PathLike)
-        with contextlib.nullcontext(local) if is_file else _written(_target_path(_path("path", path), local)) as file:
+        with contextlib.nullcontext(local) if is_file else _written(_local_target(_path("path", path), local)) as file:
             await self._exchange(_download_request(path, _Sink(file)), _file_content, options)
 
     def _run_many(
@@ -2467,7 +2467,7 @@ class _Client:
                 return await self._run(request, options._replace(cancellation=cancellation))
             except (BoxerError, OSError) as error:
                 no_connection = isinstance(error, BoxerConnectionError) and not error.request_sent
-                if no_connection or not _is_own(error):  # this goes for all that follow, too
+                if no_connection or not _is_ours(error):  # this goes for all that follow, too
                     raise
                 if isinstance(error, BoxerError):
                     return error
@@ -2494,12 +2494,12 @@ def _may_be_in_use(error: Exception) -> bool:
 
 def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
     """Unpickle a client. All its copies in a process share its connections, and need no closing."""
-    original = _KEPT.originals.get(token)
+    original = _PROCESS.originals.get(token)
     if original is None or original._is_closed:  # noqa: SLF001 - a client of this module
         original = kind(**settings)
         original._token, original._needs_closing = token, False  # noqa: SLF001
-        _KEPT.originals[token] = original
-        _KEPT.loaded.append(original)
+        _PROCESS.originals[token] = original
+        _PROCESS.loaded.append(original)
     client = object.__new__(kind)
     client.__dict__.update(original.__dict__, _original=original)
     return client
@@ -2557,7 +2557,7 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
     try:
         while has_more or started:
             if has_more and fetching is None and running < workers.count and len(started) < 5 * workers.count:
-                fetching = workers.fetch(source)
+                fetching = workers.fetch(source)  # a job as any other: its result is the next item
             done = await workers.next_done()
             if done is not fetching:
                 running -= 1
@@ -2565,7 +2565,7 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
                 fetching, running = None, running + 1
                 started[workers.start(done.result)] = None
             elif isinstance(done.error, StopAsyncIteration):
-                fetching, has_more, done.error = None, False, None  # its traceback would keep what has been sent
+                fetching, has_more, done.error = None, False, None  # its traceback would keep requests alive
                 continue
             for job in list(started):
                 if job.is_done and job.error is None:
@@ -2651,7 +2651,7 @@ class _SyncConnection(_Connection):
         sink.write(content)
 
     @property
-    def all_is_taken(self) -> bool:  # type: ignore[override]
+    def is_all_sent(self) -> bool:  # type: ignore[override]
         return not self._unsent
 
     def send(self, data: _Piece) -> None:
@@ -2659,17 +2659,17 @@ class _SyncConnection(_Connection):
         self._send_unsent()
 
     def _send_unsent(self) -> str:
-        """Send as much as the system takes; return what has to be waited for before more can be sent."""
+        """Send as much as the system takes; return for what, besides "r", `_wait` must wait before more can be sent."""
         try:
             while self._unsent and self._loss is None:
                 sent = self._socket.send(self._unsent)
                 self.sent += sent
                 self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
         except OSError as error:
-            if not _is_of_the_system(error):
+            if not _is_system_error(error):
                 raise
             if isinstance(error, _WOULD_BLOCK):
-                return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS has to be told something first
+                return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS must receive before it can send
             self._loss = self._loss or error
         return ""
 
@@ -2694,7 +2694,7 @@ class _SyncConnection(_Connection):
         try:
             data: bytes = self._socket.recv(_RECEIVE_SIZE)
         except OSError as error:
-            if not _is_of_the_system(error):
+            if not _is_system_error(error):
                 raise
             if isinstance(error, _WOULD_BLOCK) and self._loss is None:
                 return b""
@@ -2906,7 +2906,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             reason = getattr(response, "msg", "")
             return self.parent.error("http", request, response, response.code, reason, response.info())
         except (IndexError, ValueError) as error:
-            if not _is_own(error):
+            if not _is_ours(error):
                 raise
             return response  # urllib's own handlers raise these for a challenge that they cannot read
 
@@ -2983,7 +2983,7 @@ class BoxerClient(_Client):
         else:
             self._pool.close_idle()
 
-    def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
+    def health(self, *, timeout: Timeout = _UNSET, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
         return _run_to_completion(self._exchange(_HEALTH_REQUEST, _is_success, self._options(timeout, retries)))
 
@@ -3010,7 +3010,7 @@ class BoxerClient(_Client):
         output_dir: Union[str, os.PathLike[str], None] = None,
         tag: Any = None,
         check: bool = False,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
@@ -3027,7 +3027,7 @@ class BoxerClient(_Client):
         network: "none" (the default), "sandbox" or "host". With a network a run is sent only once, unless `retries`
             is given here, since it may have been seen from outside.
         input: the program's standard input. It needs /bin/sh in the image, as all outputs do.
-        outputs: names of files below /output, to be had as `result.outputs`; those that the program did not write are
+        outputs: names of files below /output, returned in `result.outputs`; those that the program did not write are
             left out. True: everything there, at most 10,000 files and 256 MiB. Outputs stay on the server.
         output_dir: a local folder, to be made if need be, for everything from /output, whatever its size.
         tag: not sent; a RunRequest has it, and `run(**vars(request))` does what `send(request)` does.
@@ -3041,7 +3041,7 @@ class BoxerClient(_Client):
         return _run_to_completion(self._run(request, self._options(timeout, retries), output_dir, check))
 
     def send(
-        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
+        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _UNSET, retries: Optional[int] = None
     ) -> RunResult:
         """Run what a RunRequest asks for, and return what came of it, as `run` does.
 
@@ -3056,7 +3056,7 @@ class BoxerClient(_Client):
         *,
         concurrency: int = 8,
         ordered: bool = True,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> Generator[tuple[RunRequest, Union[RunResult, BoxerError]], None, None]:
         """Run many requests, `concurrency` at a time, and yield each with what came of it: a RunResult or a BoxerError.
@@ -3073,7 +3073,7 @@ class BoxerClient(_Client):
         return _blocking_iterator(results)
 
     def upload_file(
-        self, remote_path: str, content: Content, *, timeout: Timeout = _OWN, retries: Optional[int] = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _UNSET, retries: Optional[int] = None
     ) -> None:
         """Upload content into the server's store.
 
@@ -3092,7 +3092,7 @@ class BoxerClient(_Client):
         remote_path: Optional[str] = None,
         *,
         exclude: Iterable[str] = (),
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
@@ -3109,7 +3109,7 @@ class BoxerClient(_Client):
         uploads = _local_files(local_path, remote_path, exclude)
         return _run_to_completion(self._upload_all(uploads, options, self._upload))
 
-    def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
+    def download_file(self, path: str, *, timeout: Timeout = _UNSET, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
         return _run_to_completion(
             self._exchange(_download_request(path), _file_content, self._options(timeout, retries))
@@ -3120,12 +3120,12 @@ class BoxerClient(_Client):
         path: str,
         local_path: Union[str, os.PathLike[str], IO[bytes]],
         *,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> None:
         """Download a file from the server's store to a local path, into a local folder, or into a binary file.
 
-        It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
+        It is streamed, whatever its size. One that fails leaves a path as it was; a folder is not written over.
         """
         _run_to_completion(self._download_path(path, local_path, self._options(timeout, retries)))
 
@@ -3150,14 +3150,14 @@ class BoxerClient(_Client):
             raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
         if isinstance(response, _Response):
             return response
-        adopted, sink = _adopted(response, self._origin.authority), call.request.sink
-        if sink is not None and adopted.is_plain:
+        adopted, sink = _from_urllib(response, self._origin.authority), call.request.sink
+        if sink is not None and adopted.is_whole_file:
             sink.rewind()
             sink.write(adopted.content)
         return adopted
 
 
-def _adopted(response: Any, authority: str) -> _Response:
+def _from_urllib(response: Any, authority: str) -> _Response:
     """Return a response of one of urllib's own classes as one of ours."""
     lines = [(name.lower(), value) for name, value in response.headers.items()]
     reason = getattr(response, "reason", None) or getattr(response, "msg", "")
@@ -3181,7 +3181,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.reader = asyncio.StreamReader(_PIECE, loop)
+        self.reader = asyncio.StreamReader(_PIECE_SIZE, loop)
         super().__init__(self.reader, loop=loop)
         self.sock: socket.socket | None = None  # of a TCP connection, as soon as there is one
         self.transport: Any = None  # an asyncio.Transport, once connected
@@ -3239,38 +3239,52 @@ class _AsyncConnection(_Connection):
         self._loop = asyncio.get_running_loop()
         self._tcp = self._protocol = _Protocol(self._loop)  # of TCP, and of TLS over it, if there is any
         self._writers: list[asyncio.StreamWriter] = []  # the same two; if one is collected, it closes the connection
-        self._is_cut = False  # some of the request could not be sent
+        self._is_closed = False
+        self._send_failed = False  # some of the request could not be sent
         self._timer: asyncio.TimerHandle | None = None  # rings at the call's deadline
 
     async def connect(self, address: Any, seconds: float) -> None:
         family, kind, protocol, _, socket_address = address
+        is_connected = False
 
         async def connect() -> None:
+            nonlocal is_connected
             sock = self._tcp.sock = socket.socket(family, kind, protocol)
             try:
                 _set_up(sock)
                 await self._loop.sock_connect(sock, socket_address)
-                await self._loop.create_connection(lambda: self._tcp, sock=sock)
             except BaseException:
                 sock.close()
                 raise
+            is_connected = True
+            await self._loop.create_connection(lambda: self._tcp, sock=sock)
+            if self._is_closed:
+                self.close()
+
+        def end(task: Any) -> None:
+            # The last step takes no time, and uvloop before 0.23 closes the descriptor twice if that is cancelled.
+            if not is_connected:
+                task.cancel()
 
         with _system_errors():
-            await _within(seconds, connect(), self.call)
+            await _within(seconds, connect(), self.call, end)
         self._add_writer(self._tcp)
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         if context.protocol == ssl.PROTOCOL_TLS_SERVER:
-            raise _ConnectionEnd(ssl.SSLError("ssl_context is one for servers"))
-        if self._has_arrived:
-            raise _ConnectionEnd(ssl.SSLError("the server did not wait for TLS to begin"))
+            raise _ConnectionEnd(ssl.SSLError(1, "ssl_context is one for servers"))
         tcp, protocol = self._writers[0].transport, _Protocol(self._loop)
 
         async def start() -> None:
+            # In the same turn of the loop as what follows, which would not hear of an end before it.
+            if self._tcp.unread:
+                raise ssl.SSLError(1, "the server did not wait for TLS to begin")
+            if self._tcp.has_ended:
+                raise self._tcp.loss or ConnectionAbortedError("the connection was closed")
             transport = await self._loop.start_tls(
                 tcp, protocol, context, server_hostname=host, ssl_handshake_timeout=_LONGEST_WAIT
             )
-            # Nobody calls the new protocol's connection_made.
+            # asyncio itself does not call the new protocol's connection_made.
             if transport is not None:  # it may be None before Python 3.11, if the connection was aborted meanwhile
                 protocol.connection_made(transport)
                 self._protocol = protocol
@@ -3278,8 +3292,8 @@ class _AsyncConnection(_Connection):
                 raise ConnectionAbortedError("the connection was closed")
 
         with _system_errors():
-            # To cancel the start would lose the new transport if it is there just then.
-            await _within(self.call.deadline.left, start(), self.call, tcp.abort)
+            # A cancelled start could lose a transport that has just been made, so what ends it is the end of TCP.
+            await _within(self.call.deadline.left, start(), self.call, lambda _: tcp.abort())
         self._add_writer(protocol)
 
     def _add_writer(self, protocol: _Protocol) -> None:
@@ -3293,26 +3307,26 @@ class _AsyncConnection(_Connection):
         else:
             piece = await _within(self.call.deadline.left, _in_thread(next, pieces, None), self.call)
         if not self.is_quiet():  # let the loop receive an early answer: a write that fails would lose it
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the loop looks for what has arrived
+            await asyncio.sleep(0)  # and hands it to the protocol
         return piece
 
     async def write(self, sink: _Sink, content: bytes) -> None:
         await _within(self.call.deadline.left, _in_thread(sink.write, content), self.call)
 
     def send(self, data: _Piece) -> None:
-        if not self._is_cut:
+        if not self._send_failed and not self._tcp.transport.is_closing():
             self._writers[-1].write(data)
         if self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended):
-            self._is_cut = True
+            self._send_failed = True
         else:
             self.sent += len(data)
 
     @property
-    def all_is_taken(self) -> bool:  # type: ignore[override]
-        if self._is_cut or not self._protocol.can_take_more:
+    def is_all_sent(self) -> bool:  # type: ignore[override]
+        if self._send_failed or not self._protocol.can_take_more:
             return False
-        # A closing transport has dropped its buffer; but a buffer that was full still shows in `can_take_more`.
+        # A closing transport says that its buffer is empty; if it was full before, `can_take_more` still tells.
         transports = (self._tcp.transport, self._protocol.transport)
         return self._tcp.transport.is_closing() or not any(each.get_write_buffer_size() for each in transports)
 
@@ -3323,7 +3337,7 @@ class _AsyncConnection(_Connection):
         return await self.receive() if self._has_arrived else b""
 
     async def receive(self) -> bytes:
-        data = await self._protocol.reader.read(_PIECE)
+        data = await self._protocol.reader.read(_PIECE_SIZE)
         if not data:
             raise _ConnectionEnd(self._protocol.loss)
         self._protocol.unread -= len(data)
@@ -3340,7 +3354,7 @@ class _AsyncConnection(_Connection):
 
     def attach(self, call: _Call) -> None:
         super().attach(call)
-        self._is_cut = False
+        self._send_failed = False
         left = max(0.0, call.deadline.left)
         # A timer of an earlier call is kept if it rings early enough: `_ring` then sees the new deadline.
         if self._timer is None or self._timer.when() > self._loop.time() + left:
@@ -3350,7 +3364,7 @@ class _AsyncConnection(_Connection):
     def _ring(self) -> None:
         """Abort the connection at the deadline, but not before a busy loop has read what had arrived by then."""
         self._timer = None
-        if "call" in vars(self):  # else the connection is idle
+        if self.call is not None:  # else the connection is idle
             left = self.call.deadline.left
             if left <= 0 and self.is_quiet():
                 self.abort()
@@ -3362,12 +3376,13 @@ class _AsyncConnection(_Connection):
             self._timer.cancel()
 
     def close(self) -> None:
+        self._is_closed = True
         self._stop_timer()
         for protocol in (self._protocol, self._tcp):
             if protocol.transport is not None:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed
                     protocol.transport.abort()
-        if self._tcp.sock is not None and not self._loop.is_running():  # the loop does not close the socket
+        if self._tcp.sock is not None:  # the loop closes it later, or not at all; a forked child may have it by then
             with contextlib.suppress(OSError):
                 self._tcp.sock.shutdown(socket.SHUT_RDWR)
             if self._loop.is_closed():
@@ -3384,18 +3399,21 @@ class _AsyncConnection(_Connection):
 
 
 async def _within(
-    seconds: float, coroutine: Coroutine[Any, Any, _T], call: _Call, end: Callable[[], Any] | None = None
+    seconds: float,
+    coroutine: Coroutine[Any, Any, _T],
+    call: _Call,
+    end: Callable[[Any], Any] = operator.methodcaller("cancel"),
 ) -> _T:
     """Do what asyncio.wait_for does, which can lose a cancellation before Python 3.12; let the call be cancelled, too.
 
-    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the coroutine; by default it is cancelled.
+    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the coroutine's task; by default it cancels.
     """
     task = asyncio.ensure_future(_outcome(coroutine))
     task.add_done_callback(lambda _: coroutine.close())  # it warns if it has not begun
 
     def interrupt() -> None:
         if not task.done() and not task.get_loop().is_closed():
-            (end or task.cancel)()
+            end(task)
 
     earlier = call.cancellation.interrupt_by(interrupt)
     try:
@@ -3422,7 +3440,7 @@ async def _outcome(coroutine: Awaitable[_T]) -> tuple[Optional[_T], Optional[Exc
     """Return what a coroutine returns, and what it raises.
 
     An error that left the task itself would pass through the code that a program's own task factory may have put
-    around it, and `_is_own` would take it for the program's.
+    around it, and `_is_ours` would take it for the program's.
     """
     try:
         return await coroutine, None
@@ -3572,7 +3590,7 @@ class AsyncBoxerClient(_Client):
         if pool is not None:
             await pool.aclose()
 
-    async def health(self, *, timeout: Timeout = _OWN, retries: int = 0) -> bool:
+    async def health(self, *, timeout: Timeout = _UNSET, retries: int = 0) -> bool:
         """Return True if the server says that it is well, False if it answers anything else."""
         return await self._exchange(_HEALTH_REQUEST, _is_success, self._options(timeout, retries))
 
@@ -3599,7 +3617,7 @@ class AsyncBoxerClient(_Client):
         output_dir: Union[str, os.PathLike[str], None] = None,
         tag: Any = None,
         check: bool = False,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> RunResult:
         """Run a command in a new sandbox and return what came of it.
@@ -3613,7 +3631,7 @@ class AsyncBoxerClient(_Client):
         return await self._run(request, self._options(timeout, retries), output_dir, check)
 
     async def send(
-        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _OWN, retries: Optional[int] = None
+        self, request: RunRequest, *, check: bool = False, timeout: Timeout = _UNSET, retries: Optional[int] = None
     ) -> RunResult:
         """Run what a RunRequest asks for, and return what came of it, as `run` does."""
         return await self._run(request, self._options(timeout, retries), check=check)
@@ -3624,7 +3642,7 @@ class AsyncBoxerClient(_Client):
         *,
         concurrency: int = 8,
         ordered: bool = True,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> AsyncGenerator[tuple[RunRequest, Union[RunResult, BoxerError]], None]:
         """Run many requests, `concurrency` at a time, and yield each with what came of it: a RunResult or a BoxerError.
@@ -3639,7 +3657,7 @@ class AsyncBoxerClient(_Client):
         return self._run_many(requests, concurrency, ordered, self._options(timeout, retries))
 
     async def upload_file(
-        self, remote_path: str, content: Content, *, timeout: Timeout = _OWN, retries: Optional[int] = None
+        self, remote_path: str, content: Content, *, timeout: Timeout = _UNSET, retries: Optional[int] = None
     ) -> None:
         """Upload content into the server's store: bytes, text (sent as UTF-8), or a binary file.
 
@@ -3656,7 +3674,7 @@ class AsyncBoxerClient(_Client):
         remote_path: Optional[str] = None,
         *,
         exclude: Iterable[str] = (),
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> list[str]:
         """Upload a file, or a folder with everything in it, and return the remote paths in sorted order.
@@ -3669,7 +3687,7 @@ class AsyncBoxerClient(_Client):
         uploads = await self._do_blocking(options, _local_files, local_path, remote_path, exclude)
         return await self._upload_all(uploads, options, self._upload)
 
-    async def download_file(self, path: str, *, timeout: Timeout = _OWN, retries: Optional[int] = None) -> bytes:
+    async def download_file(self, path: str, *, timeout: Timeout = _UNSET, retries: Optional[int] = None) -> bytes:
         """Return the content of a file in the server's store, for instance of `result.output_path("a.json")`."""
         return await self._exchange(_download_request(path), _file_content, self._options(timeout, retries))
 
@@ -3678,17 +3696,17 @@ class AsyncBoxerClient(_Client):
         path: str,
         local_path: Union[str, os.PathLike[str], IO[bytes]],
         *,
-        timeout: Timeout = _OWN,
+        timeout: Timeout = _UNSET,
         retries: Optional[int] = None,
     ) -> None:
         """Download a file from the server's store to a local path, into a local folder, or into a binary file.
 
-        It is streamed, whatever its size. At a path it is whole or not there at all; it is not written over a folder.
+        It is streamed, whatever its size. One that fails leaves a path as it was; a folder is not written over.
         """
         await self._download_path(path, local_path, self._options(timeout, retries))
 
     async def _do_blocking(self, options: _Options, function: Callable[..., Any], *args: Any) -> Any:
-        call = self._new_call(_HEALTH_REQUEST, options)
+        call = self._new_call(_HEALTH_REQUEST, options)  # no request is sent: it is for the deadline and cancellation
         call.deadline.start_again("end of reading")
         try:
             return await _within(call.deadline.left, _in_thread(function, *args), call)
@@ -3776,7 +3794,7 @@ def _command_line(arguments: Sequence[str] | None) -> Any:
     if len(options.words) not in options.counts:
         options.error("too few arguments" if len(options.words) < options.counts.start else "too many arguments")
     options.env = _pairs(options, "-e", options.env, "=", "K=V")
-    options.headers = _pairs(options, "--header", options.early_headers + options.headers, ":", "'NAME: VALUE'")
+    options.headers = _pairs(options, "--header", options.headers_before + options.headers, ":", "'NAME: VALUE'")
     return options
 
 
@@ -3801,7 +3819,7 @@ def _parser() -> Any:
     parser, examples = Parser(prog="boxer", usage="boxer [options] COMMAND ...", **settings), ["examples:"]
     parser.description = "Run untrusted code in the sandboxes of a Boxer server."
     parser.add_argument("--version", action="version", version=f"boxer {__version__}", help="show the version")
-    _add_common_options(parser.add_argument, "early_headers", None)
+    _add_common_options(parser.add_argument, "headers_before", None)
     parser.set_defaults(timeout=120.0, retries=2, env=[])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
     for name, function, words, counts, add_options, example in _COMMANDS:
@@ -3929,7 +3947,7 @@ def _do_download(options: Any) -> int:
             place: Any = contextlib.nullcontext(types.SimpleNamespace(write=functools.partial(_write, sys.stdout)))
             progress.is_shown &= not getattr(sys.stdout, "isatty", bool)()  # it would be mixed with the file
         else:
-            place = _written(_target_path(_path("REMOTE", remote), local))
+            place = _written(_local_target(_path("REMOTE", remote), local))
         with place as file:
             request = _download_request(remote, sink := _Sink(file))
             progress.total, progress.positions[sink] = lambda: sink.length, lambda: sink.written

@@ -3733,6 +3733,7 @@ FAILURES: dict[str, tuple[str, str, list[str]]] = {
     "a test runner with an empty line": (PYTEST, " \n\n", ["FAILED test_a.py::test_one", "1 failed, 999 passed"]),
     "one that says nothing visible": (PYTEST, "\x1b[0m\n", ["1 failed, 999 passed"]),
     "one long line": ("", "x" * 10 * MIB, ["xxx"]),
+    "a long link": ("", f"{'x' * 480}\x1b]8;;http://evil.test/{'y' * 600}\x1b\\\nno luck\n", ["xxx", "no luck"]),
     "many lines": ("", "".join(f"line {n}\n" for n in range(1_000_000)), ["line 999999"]),
 }
 
@@ -4371,6 +4372,8 @@ def reads(pieces: Iterable[Any]) -> Any:
 class Blocked(io.RawIOBase):
     """A file that is said to have ten bytes, which are not there yet."""
 
+    at = 0
+
     def readable(self) -> bool:
         return True
 
@@ -4378,10 +4381,11 @@ class Blocked(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return 10 if whence == os.SEEK_END else offset
+        self.at = 10 if whence == os.SEEK_END else offset
+        return self.at
 
     def tell(self) -> int:
-        return 10
+        return self.at
 
     def readinto(self, _: Any) -> None:
         return None
@@ -7490,7 +7494,7 @@ def test_nobody_is_told_of_exchanges_who_does_not_ask(client_of: Clients, caplog
     caplog.set_level(logging.INFO, "boxer")
     with Peer.answering(RAN) as peer:
         client_of(peer.url).run("image", ["true"])
-    assert caplog.records == [] and logging.getLogger("boxer").handlers == []
+    assert caplog.records == []
 
 
 WAIT: Call = ("wait_until_ready", (), {})
@@ -7701,6 +7705,25 @@ def test_nothing_is_sent_once_the_look_up_of_a_name_took_all_the_time(
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with Peer([]) as peer:
         assert is_expected(outcome(client_of(peer.url, timeout=60), RUN_IT), (BoxerTimeoutError, 0, "60 s"))
+
+
+def test_nothing_is_sent_once_connecting_took_all_the_time(
+    client_of: Clients, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(socket.socket):
+        def connect(self, address: Any) -> None:
+            clock.ahead += 1000
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            clock.ahead += 1000
+            return super().connect_ex(address)
+
+    with Peer([[Do.GONE]]) as peer:
+        client = client_of(peer.url, timeout=60)
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socket", Slow)
+            assert is_expected(outcome(client, RUN_IT), (BoxerTimeoutError, 0, "60 s"))
 
 
 def test_an_upload_that_nobody_takes_is_given_up_whatever_the_server_says(client_of: Clients) -> None:
@@ -9043,6 +9066,53 @@ def test_a_child_that_is_forked_while_a_call_connects_does_not_keep_the_socket(t
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         said = program_beside_boxer(tmp_path, FORKING_WHILE_CONNECTING, kind, url)
     assert said.splitlines()[0] == "in the child: 0"
+
+
+FORKING_AFTER_CANCELLING = """
+import asyncio, os, sys
+from boxer import AsyncBoxerClient
+
+async def main():
+    async with AsyncBoxerClient(sys.argv[1]) as client:
+        call = asyncio.ensure_future(client.run("image", ["sleep", "60"]))
+        await client.download_file("has begun")
+        call.cancel()
+        await asyncio.sleep(0)
+        reader, writer = os.pipe()
+        if os.fork() == 0:  # before the loop has closed the socket
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+        await asyncio.wait([call])
+        print(await client.download_file("has ended"))
+        os.close(writer)
+        os.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_that_is_forked_after_a_cancellation_does_not_keep_the_run_alive(tmp_path: Path) -> None:
+    has_begun, has_ended, runs = threading.Event(), threading.Event(), set[int]()
+
+    class Watching(Host):
+        def serve(self, sock: Any) -> None:
+            super().serve(sock)
+            if threading.get_ident() in runs:
+                has_ended.set()
+
+    def respond(request: Received) -> list[Any]:
+        if request.line.startswith("POST /run"):
+            runs.add(threading.get_ident())
+            has_begun.set()
+            return []
+        if "begun" in request.line:
+            return [answer(b"")] if has_begun.wait(30) else [Do.FIN]
+        return [answer(b"in time" if has_ended.wait(10) else b"too late")]
+
+    with Watching(respond) as host:
+        assert program_beside_boxer(tmp_path, FORKING_AFTER_CANCELLING, host.url) == "b'in time'\n"
 
 
 CALLS_OF_EVERY_KIND = """
@@ -12571,6 +12641,103 @@ def test_a_loop_may_wrap_what_its_tasks_do() -> None:
             client = clients(host.url)
             client.upload_file("a", io.BytesIO(b"content"))
             assert client.run("image", ["true"], files={"a": "1", "b": "2"}) == RESULT
+
+
+class Reluctant(asyncio.SelectorEventLoop):
+    """An event loop whose new connections wait for an event."""
+
+    is_making: asyncio.Event
+    go_on: asyncio.Event
+    was_cancelled = False
+
+    async def create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        self.is_making.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        return await super().create_connection(*args, **kwargs)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_connection_whose_socket_the_loop_has_taken_is_made_and_closed_if_the_call_is_cancelled(times: int) -> None:
+    """uvloop before 0.23 closes the descriptor twice if this is cancelled, be it somebody else's by then."""
+
+    async def main() -> None:
+        loop.is_making, loop.go_on = asyncio.Event(), asyncio.Event()
+        async with AsyncBoxerClient(peer.url) as client:
+            call = asyncio.ensure_future(client.run("image", ["true"]))
+            await loop.is_making.wait()
+            for _ in range(times):
+                call.cancel()
+                await asyncio.sleep(0)
+            loop.go_on.set()
+            await asyncio.wait([call])
+            assert call.cancelled() and not loop.was_cancelled
+            await loop.run_in_executor(None, has_gone.wait, 30)
+        assert has_gone.is_set()
+
+    has_gone, loop = threading.Event(), Reluctant()
+    with Peer([[Do.GONE, lambda _: has_gone.set()]]) as peer:
+        try:
+            loop.run_until_complete(main())
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+
+@contextlib.contextmanager
+def resetting() -> Iterator[int]:
+    """A listener that resets each connection as it comes, or up to half a millisecond later; yield its port."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                with sock:
+                    threading.Event().wait(max(0, random.uniform(-0.0005, 0.0005)))
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("kind", ["asyncio's", "uvloop"])
+def test_a_reset_at_any_moment_ends_a_call_with_an_error_of_this_module(kind: str, scheme: str, uvloop: Any) -> None:
+    async def ask(client: AsyncBoxerClient) -> Any:
+        try:
+            return await client.health()
+        except BoxerError as error:
+            return error
+
+    async def main() -> list[Any]:
+        outcomes: list[Any] = []
+        async with AsyncBoxerClient(f"{scheme}://127.0.0.1:{port}", timeout=60) as client:
+            for _ in range(20):
+                done, waiting = await asyncio.wait([asyncio.ensure_future(ask(client)) for _ in range(20)], timeout=30)
+                assert not waiting
+                outcomes += [call.result() for call in done]
+        return outcomes
+
+    loop = uvloop.new_event_loop() if kind == "uvloop" else asyncio.new_event_loop()
+    if kind == "uvloop":
+        loop.set_exception_handler(lambda *_: None)  # uvloop's own TLS complains of a connection that has gone
+    with resetting() as port:
+        try:
+            outcomes = loop.run_until_complete(main())
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+    assert {type(outcome) for outcome in outcomes} == {BoxerConnectionError}
 
 
 @pytest.fixture(params=["a loop that cannot watch", "uvloop"])
