@@ -14210,7 +14210,7 @@ def test_a_file_is_in_memory_once_when_it_is_received_and_not_at_all_when_it_is_
     said = {"GET /healthz": [WELL], "POST /files": [STORED], "GET /files?path=large": [answer(content)]}
     with Host(lambda request: said[request.line.rpartition(" ")[0]]) as host:
         up, down = map(int, program_beside_boxer(tmp_path, TRANSFERS, kind, host.url).split())
-    assert up < 5 * MIB  # what is read at a time, and some
+    assert up < 10 * MIB  # a few times the 2 MiB that are read at a time
     # Of what is received, an eighth of room to grow is asked for, most of which the system never gives.
     assert down < (64 / 8 + 3) * MIB
 
