@@ -180,6 +180,7 @@ Timeout = Union[float, None, _Default]
 _Piece = Union[bytes, memoryview]  # of a request's body
 _Upload = tuple[str, Union[Content, Path]]  # a remote path, and what to put there
 _LocalPath = Union[str, os.PathLike[str]]
+_IN_MEMORY = (bytes, bytearray, memoryview, str)  # the kinds of content that are not read from anywhere
 
 
 # ---- Limits ----------------------------------------------------------------------------------------------------------
@@ -198,7 +199,6 @@ _RECEIVE_SIZE = 512 * 1024  # bytes to receive at a time; a TLS record, of at mo
 _HEAD_LIMIT = 64 * 1024  # bytes of a head, or of a trailer section
 _FIELD_LIMIT = 100  # fields of a head, or of a trailer section
 _INTERIM_LIMIT = 20  # 1xx responses before the final one
-_HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
 _CHUNK_HEAD_LIMIT = 4 * 1024  # bytes of a chunk's size and extensions
 _ANSWER_LIMIT = 256 * 1024 * 1024  # bytes of JSON; the server's own limit on output is 20 MiB before escapes
 _ERROR_LIMIT = 64 * 1024  # bytes of an error's content; the rest is of no use
@@ -223,6 +223,7 @@ _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
 _PROGRESS_PAUSE = 0.1  # between two looks how far it is
 
 # Of caches.
+_HEADS_KEPT = 32  # decoded heads, of up to _HEAD_LIMIT bytes each
 _LOADED_LIMIT = 8  # clients whose pickles were loaded
 
 # Of tries.
@@ -233,8 +234,8 @@ class _ProcessState:
     """What this module keeps in a process. It stays behind if cloudpickle pickles the module by value."""
 
     def __init__(self) -> None:
-        decoded = lambda data: _decoded_head(data)  # noqa: E731, PLW0108 - that is defined below
-        self.decoded_head = functools.lru_cache(_HEADS_KEPT)(decoded)  # heads often repeat until the Date changes
+        # Heads often repeat until the Date changes. The function is defined below, hence the lambda.
+        self.decoded_head = functools.lru_cache(_HEADS_KEPT)(lambda data: _decoded_head(data))  # noqa: PLW0108
         self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all there are
         self.originals: weakref.WeakValueDictionary[str, _Client] = weakref.WeakValueDictionary()  # by pickles' tokens
         self.loaded: collections.deque[_Client] = collections.deque(maxlen=_LOADED_LIMIT)  # nothing else keeps these
@@ -416,7 +417,7 @@ def _files(files: Any) -> Any:
         if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
             raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
     for name, content in files.items():
-        if not (isinstance(content, (bytes, bytearray, memoryview, str, os.PathLike)) or hasattr(content, "read")):
+        if not (isinstance(content, (*_IN_MEMORY, os.PathLike)) or hasattr(content, "read")):
             kind = type(content).__name__
             raise TypeError(f"files[{name!r}] must be bytes, str, a path or a binary file, not {kind}")
     objects = [id(content) for content in files.values() if hasattr(content, "read")]
@@ -1821,7 +1822,7 @@ class _ConnectionEnd(Exception):  # noqa: N818 - an end need not be an error
 class _Connection:
     """A connection, and what is said over it. Each client has its own way to wait, in the verbs at the end."""
 
-    call: Any = None  # the _Call whose request is being exchanged; an idle connection has none
+    call: _Call = None  # type: ignore[assignment]  # whose request is being exchanged; an idle connection has none
 
     def __init__(self, route: _Route) -> None:
         self.route = route
@@ -1994,7 +1995,7 @@ def _wait_for(descriptor: int, events: str, seconds: float) -> bool:
 
 
 def _set_up(sock: socket.socket) -> None:
-    """Let a socket not block, send at once, and find out within a minute that the peer, or a NAT between, forgot it."""
+    """Make a socket non-blocking and prompt; let it notice within a minute that the peer, or a NAT between, is gone."""
     sock.setblocking(False)
     with contextlib.suppress(_ConnectionEnd), _system_errors():  # not OSError: a signal handler may raise one
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2131,7 +2132,7 @@ class _Pool:
 
     def _keep(self, connection: _Connection) -> None:
         """Keep an idle connection, and close the one that has been idle for longest, if that is too long."""
-        connection.call = None  # forget what was sent
+        connection.call = None  # type: ignore[assignment]  # forget what was sent
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if self._idle[0].idle_since < connection.idle_since - _IDLE_LIMIT:
@@ -2152,7 +2153,7 @@ class _Pool:
             connection.attach(call)
             try:
                 await connection.connect(address, min(call.deadline.left, _ADDRESS_TIME if addresses else math.inf))
-                call.check(route.peer)  # the alarm may have rung before there was anything to abort
+                call.check(route.peer)  # its timer may have rung while there was nothing to abort
                 return connection
             except _ConnectionEnd as end:
                 last = end.loss
@@ -2380,7 +2381,7 @@ class _Client:
             _local_path("output_dir", output_dir).mkdir(parents=True, exist_ok=True)
         contents = run.files.values() if isinstance(run.files, dict) else ()
         make_plan: Callable[[], _Plan] = functools.partial(_Plan, run, run.outputs is True or output_dir is not None)
-        if all(isinstance(content, (bytes, bytearray, memoryview, str)) for content in contents):
+        if all(isinstance(content, _IN_MEMORY) for content in contents):
             plan = make_plan()
         else:
             plan = await self._do_blocking(options, make_plan)
@@ -2659,7 +2660,7 @@ class _SyncConnection(_Connection):
         self._send_unsent()
 
     def _send_unsent(self) -> str:
-        """Send as much as the system takes; return for what, besides "r", `_wait` must wait before more can be sent."""
+        """Send as much as the system takes; return what `_wait` must wait for, besides "r", before more can be sent."""
         try:
             while self._unsent and self._loss is None:
                 sent = self._socket.send(self._unsent)
@@ -2892,8 +2893,8 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
         # A request that a handler makes to another server has nothing of the client's own TLS, such as its certificate.
-        is_ours = (request.type, origin) == (self._origin.scheme, self._origin.authority)
-        context = self._context if is_ours else _tls_context(request.type, None)
+        is_same_server = (request.type, origin) == (self._origin.scheme, self._origin.authority)
+        context = self._context if is_same_server else _tls_context(request.type, None)
         return _run_to_completion(self._pool.exchange(route, context, head, body, call))
 
     https_open = http_open
@@ -3276,7 +3277,7 @@ class _AsyncConnection(_Connection):
         tcp, protocol = self._writers[0].transport, _Protocol(self._loop)
 
         async def start() -> None:
-            # In the same turn of the loop as what follows, which would not hear of an end before it.
+            # Looked at in the same turn of the loop as TLS is begun, which never hears of an end that came before it.
             if self._tcp.unread:
                 raise ssl.SSLError(1, "the server did not wait for TLS to begin")
             if self._tcp.has_ended:

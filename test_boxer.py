@@ -3890,9 +3890,9 @@ def test_what_is_not_a_file_of_the_folder_is_refused_by_name(
 
 
 def test_a_loop_of_links_is_an_error_of_the_system_and_of_one_run_alone(client_of: Clients, tmp_path: Path) -> None:
-    loop, runs = tmp_path / "loop", [RunRequest("i", ["c"]), RunRequest("i", ["c"]), RunRequest("i", ["c"])]
+    loop = tmp_path / "loop"
     loop.symlink_to("loop")
-    runs[1] = RunRequest("i", ["c"], files={"a": loop})
+    runs = [RunRequest("i", ["c"]), RunRequest("i", ["c"], files={"a": loop}), RunRequest("i", ["c"])]
     with Host(lambda _: [RAN]) as host:
         client = client_of(host.url)
         with pytest.raises(OSError, match=re.escape(str(loop))) as caught:
