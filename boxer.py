@@ -163,9 +163,6 @@ class _Default(enum.Enum):
 
     CLIENT = "the client's own setting"
 
-    def __repr__(self) -> str:
-        return "<the client's own>"
-
 
 _UNSET = _Default.CLIENT
 
