@@ -272,10 +272,9 @@ class ResourceLimits:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the limits that are set, by their JSON names; they are checked again, since they can be changed."""
-        values = ((name, getattr(self, name)) for name in ResourceLimits.__dataclass_fields__)
         return {
             name: _real_number(name, value) if name == "cpu_cores" else _whole_number(name, value)
-            for name, value in values
+            for name, value in vars(self).items()
             if value is not None
         }
 
