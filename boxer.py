@@ -438,7 +438,7 @@ def _output_names(outputs: Any) -> Any:
 
 def _output_name(name: str, path: Any) -> str:
     """Return the path of an output below /output."""
-    return _relative_path(name, re.sub(r"\A/output/", "", _path(name, path)))
+    return _relative_path(name, _path(name, path).removeprefix("/output/"))
 
 
 def _check_shell_names(env: Any) -> None:
