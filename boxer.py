@@ -409,9 +409,8 @@ def _files(files: Any) -> Any:
     if not isinstance(files, Mapping):
         return tuple([_path("a path in files", path) for path in _texts("files", files)])
     names = {_relative_path("each name in files", name) for name in files}
-    for name in names:
-        if not names.isdisjoint(map(str, PurePosixPath(name).parents)):
-            raise BoxerValidationError(f"files has {name!r}, and a file where its folder would be")
+    for name in names.intersection(_folders_of(names)):
+        raise BoxerValidationError(f"files has {name!r}, and other files in a folder of this name")
     for name, content in files.items():
         if not (isinstance(content, (*_IN_MEMORY, os.PathLike)) or hasattr(content, "read")):
             kind = type(content).__name__
@@ -1044,9 +1043,9 @@ class _Plan:
 
 
 def _folders_of(paths: Iterable[str]) -> list[str]:
-    """Return all folders that paths go through, deepest first."""
+    """Return all folders that paths go through, each before the one that it is in."""
     folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
-    return sorted(folders - {"."}, key=lambda folder: (-folder.count("/"), folder))
+    return sorted(folders - {"."}, reverse=True)
 
 
 def _short_text(value: str | bytes) -> str | None:
