@@ -753,10 +753,9 @@ def _link_target(path: Path, root: Path) -> Path:
     """Return the file that a path leads to, through a link if that stays within the folder."""
     if not path.is_symlink():
         return path
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # a loop is a RuntimeError before Python 3.13
-        raise BoxerValidationError(f"{str(path)!r} is a link that leads nowhere; remove or exclude it") from error
+    target = _resolved(path)
+    if not target.exists():
+        raise BoxerValidationError(f"{str(path)!r} is a link that leads nowhere; remove or exclude it")
     if target.is_dir():
         raise BoxerValidationError(f"{str(path)!r} is a link to a folder; exclude it, or copy the folder in its place")
     if root not in target.parents:
