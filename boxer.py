@@ -814,17 +814,16 @@ class _Sink:
             self.written = 0
 
     def write(self, content: bytes) -> None:
-        left = memoryview(content)
-        while left:
+        while content:
             if self.is_abandoned:
                 raise BoxerError("the call has ended meanwhile")
-            size = self._file.write(left if len(left) < len(content) else content)
+            size = self._file.write(content)
             _refuse_awaitable(size)
             if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
                 raise BlockingIOError("the file that the download is written to takes nothing more")
-            size = len(left) if size is None else size  # a file without a buffer may take a part
+            size = len(content) if size is None else size  # a file without a buffer may take a part
             self.written += size
-            left = left[size:]
+            content = content[size:]
 
 
 def _local_target(remote_path: str, local_path: Any) -> Path:
