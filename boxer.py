@@ -848,18 +848,13 @@ def _local_target(remote_path: str, local_path: Any) -> Path:
 
 def _output_file(output_dir: _LocalPath, name: str) -> Path:
     """Return where an output goes below a local folder; make the folders on the way, and go through no link."""
-    folder = Path(output_dir)
     *parents, last = name.split("/")
     if len(parents) > _DEPTH_LIMIT:
         raise BoxerError(f"the output {name[:_SHOWN_SIZE]!r} lies more than {_DEPTH_LIMIT} folders deep")
-    resolved = _resolved(folder).joinpath(*parents)
-    for parent in parents:
-        folder /= parent
-        if folder.is_symlink():
-            break
-        folder.mkdir(exist_ok=True)
-    if _resolved(folder) != resolved:
+    folder = Path(output_dir, *parents)
+    if _resolved(folder) != _resolved(Path(output_dir)).joinpath(*parents):
         raise BoxerError(f"{str(folder)!r} is a link, or behind one; no output is written through it")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder / last
 
 
