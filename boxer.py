@@ -1117,8 +1117,7 @@ def _listed_names(response: _Response) -> Sequence[str]:
     """Return the names of outputs from the list that the run has made, and the program may have forged."""
     if _is_missing(response):
         raise BoxerAPIError("the run left no list of its outputs: its image may be without /bin/sh or find", 404)
-    names: dict[str, None] = {}
-    left_out = []
+    names, left_out = [], []
     listed = _file_content(response)
     if listed.count(b"\0") > _OUTPUT_LIMIT:
         raise BoxerAPIError(f"the run has more than {_OUTPUT_LIMIT:,} outputs; none was fetched", response.code)
@@ -1126,15 +1125,14 @@ def _listed_names(response: _Response) -> Sequence[str]:
         name = line[:_NAME_LIMIT].decode("utf-8", "backslashreplace")[2:]
         parts = tuple(name.split("/"))
         is_as_listed = f"./{name}".encode("utf-8", "replace") == line
-        if is_as_listed and not {"", ".", ".."} & set(parts) and Path(name).parts == parts:
-            names[name] = None
+        if is_as_listed and ".." not in parts and Path(name).parts == parts:  # Path drops what is empty or "."
+            names.append(name)
         else:
             left_out.append(name)
     if left_out:
-        _LOG.warning(
-            "outputs left out because of their names: %d, such as %r", len(left_out), left_out[0][:_SHOWN_SIZE]
-        )
-    return list(names)
+        text = "outputs left out because of their names: %d, such as %r"
+        _LOG.warning(text, len(left_out), left_out[0][:_SHOWN_SIZE])
+    return names
 
 
 def _file_content(response: _Response) -> bytes:
