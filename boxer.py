@@ -1743,10 +1743,8 @@ def _decoded_head(data: bytes) -> _Head:
     if code == 101:
         raise _ProtocolError("the server switched to another protocol, which was not asked for")
     fields = _combined(field_lines)
-    if code < 200 or code in (204, 304):
-        is_chunked, length = False, 0.0
-    else:
-        is_chunked, length = _framing(fields, is_old)
+    has_content = code >= 200 and code not in (204, 304)
+    is_chunked, length = _framing(fields, is_old) if has_content else (False, 0.0)
     options = [option.strip() for option in fields.get("connection", "").lower().split(",")]
     keeps_alive = (is_chunked or length < math.inf) and not is_old and "close" not in options
     return _Head(code, reason, field_lines, fields, keeps_alive, is_chunked, length)
