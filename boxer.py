@@ -1752,9 +1752,7 @@ def _decoded_head(data: bytes) -> _Head:
 
 def _field_lines(section: str) -> list[tuple[str, str]]:
     """Decode field lines; replace each obsolete line fold with a space (RFC 9112, section 5.2)."""
-    if "\r\n " in section or "\r\n\t" in section:
-        section = re.sub("\r\n[ \t]+", " ", section)
-    lines = section.split("\r\n") if section else []
+    lines = re.sub("\r\n[ \t]+", " ", section).split("\r\n") if section else []
     if len(lines) > _FIELD_LIMIT:
         raise _ProtocolError(f"there are more than {_FIELD_LIMIT} fields")
     fields = []
