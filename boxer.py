@@ -1589,7 +1589,6 @@ class _Decoder:
     is_complete = False
     size = 0  # bytes of content so far
     received = 0  # bytes in all
-    _head: _Head  # of the final response
     _data = b""  # what has arrived,
     _at = 0  # and how much of it is decoded
     _content: io.BytesIO  # its getvalue() shares the buffer: content is in memory once
@@ -1598,11 +1597,6 @@ class _Decoder:
     def __init__(self, content_limit: float, is_tunnel: bool = False) -> None:
         self._content_limit = content_limit
         self._is_tunnel = is_tunnel  # the response is to a CONNECT, whose success has no content
-
-    @property
-    def is_reusable(self) -> bool:
-        """Another request may follow on the connection, as far as the response tells."""
-        return self.is_complete and self._head.keeps_alive and not self.has_rest
 
     @property
     def is_success(self) -> bool:
@@ -1631,7 +1625,7 @@ class _Decoder:
         head, content = _PROCESS.decoded_head(data[:end]), data[end + 4 :]
         if head.length != len(content) or head.length > self._content_limit or self._is_tunnel:
             return False
-        self._head, self.response, self.is_complete = head, _Response(head, content), True
+        self.response, self.is_complete = _Response(head, content), True
         return True
 
     def take(self, least: int) -> bytes:
@@ -1648,7 +1642,8 @@ class _Decoder:
         if self.response is None:
             where = "within the head of the answer" if self.has_rest else "before an answer came"
             raise _LostError(f"the connection ended {where}{why}") from loss
-        if self._head.is_chunked or self._head.length < math.inf or loss is not None:
+        head = self.response.head
+        if head.is_chunked or head.length < math.inf or loss is not None:
             raise _LostError(f"the connection ended within the content, after {self.size} bytes of it{why}") from loss
         assert self._decoding is not None
         self._decoding.close()
@@ -1656,7 +1651,7 @@ class _Decoder:
 
     def _decode(self) -> Generator[None, None, None]:
         for _ in range(_INTERIM_LIMIT + 1):  # of the interim responses, nothing is of use
-            head = self._head = _PROCESS.decoded_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
+            head = _PROCESS.decoded_head((yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the head")))
             if head.code >= 200:
                 break
         else:
@@ -1671,7 +1666,7 @@ class _Decoder:
             elif not (self._is_tunnel and response.is_success):
                 yield from self._sized_content(head.length)
         except _ContentLimit:
-            response.is_cut, self._head = True, head._replace(keeps_alive=False)
+            response.is_cut = True
         self._complete()
 
     def _complete(self) -> None:
@@ -1883,7 +1878,7 @@ class _Connection:
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.sent > 0)
-        self.is_reusable = is_whole and decoder.is_reusable
+        self.is_reusable = is_whole and response.head.keeps_alive and not (response.is_cut or decoder.has_rest)
         return response
 
     async def _upload(self, head: bytes, body: _Multipart, decoder: _Decoder) -> bool:
