@@ -1556,7 +1556,6 @@ def _retry_after(value: str) -> float:
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"
 _STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({_TEXT}))?")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):({_TEXT})")
-_BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
 
@@ -1701,31 +1700,26 @@ class _Decoder:
             size = int(match[1], 16)
             yield from self._sized_content(size)
             if size:
-                yield from self._until(b"\r\n", 0, "the end of a chunk")
+                yield from self._until(b"\r\n", 0, "a chunk")
         self._at -= 2  # step back over the last chunk's CRLF, so that an empty trailer section also ends with CRLF CRLF
         section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
         _field_lines(section[2:].decode("latin-1"))  # nothing in it is of use, but it has to be well-formed
 
     def _until(self, delimiter: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
         """Return what comes before a delimiter, which is skipped."""
-        searched = 0
+        most = limit + len(delimiter)
         while True:
-            begin = self._data[self._at : self._at + 16]
-            if self.response is None and not b"HTTP/1.".startswith(begin[:7]):  # known at once, and not waited for
-                raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {begin!r}; is the URL right?")
-            end = self._data.find(delimiter, self._at + searched, self._at + limit + len(delimiter))
-            if end >= 0:
-                found = self._data[self._at : end]
-                self._at = end + len(delimiter)
-                return found
-            arrived = len(self._data) - self._at
-            if arrived - len(delimiter) + 1 > limit:
-                raise _ProtocolError(
-                    f"{what} is longer than {limit} bytes" if limit else f"{what} is not where it should be"
-                )
-            if _BARE_LF.search(self._data, self._at + searched):
+            data = self._data[self._at : self._at + most]
+            if self.response is None and not b"HTTP/1.".startswith(data[:7]):  # known at once, and not waited for
+                raise _ProtocolError(f"the answer is not HTTP/1.1 but begins with {data[:16]!r}; is the URL right?")
+            size = data.find(delimiter)
+            if size >= 0:
+                self._at += size + len(delimiter)
+                return data[:size]
+            if len(data) == most:
+                raise _ProtocolError(f"{what} does not end within {limit} bytes")
+            if data.count(b"\n") > data.count(b"\r\n"):
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
-            searched = max(0, arrived - len(delimiter) + 1)
             yield
 
 
