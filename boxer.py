@@ -776,8 +776,8 @@ def _opened(content: Path | Content) -> Iterator[Any]:
         yield content
         return
     # Where the system has these flags: follow no link, and do not wait for a pipe's writer.
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(content, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(content, "rb", opener=lambda name, flags: os.open(name, flags | more)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):  # something else has been put in the file's place since it was seen
             raise BoxerValidationError(f"{str(content)!r} is no longer a file")
