@@ -332,7 +332,7 @@ class RunRequest:
         self.__dict__.update(  # bypasses the frozen dataclass's __setattr__
             cmd=command,
             env=() if self.env is None else _environment(self.env),
-            cwd=None if self.cwd is None else str.__str__(_text("cwd", self.cwd)) or None,
+            cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
             limits=None if self.limits is None else ResourceLimits(**_limits(self.limits).to_dict()),
             files=() if self.files is None else _files(self.files) or (),
             network=None if self.network is None else _text("network", self.network) or None,
@@ -359,7 +359,7 @@ def _text(name: str, value: Any) -> str:
         problem = "a lone surrogate in it, which is no character"
     if problem:  # raised outside of the `except`: that error holds the whole text, which may be a secret
         raise BoxerValidationError(f"{name} has {problem}")
-    return value
+    return str.__str__(value)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>&1"}
@@ -408,17 +408,17 @@ def _files(files: Any) -> Any:
     """Check paths in the server's store, or a mapping from names in the run's own folder to content."""
     if not isinstance(files, Mapping):
         return tuple([_path("a path in files", path) for path in _texts("files", files)])
-    names = {_relative_path("each name in files", name) for name in files}
-    for name in names.intersection(_folders_of(names)):
+    contents = {_relative_path("each name in files", name): content for name, content in files.items()}
+    for name in contents.keys() & _folders_of(contents):
         raise BoxerValidationError(f"files has {name!r}, and other files in a folder of this name")
-    for name, content in files.items():
+    for name, content in contents.items():
         if not (isinstance(content, (*_IN_MEMORY, os.PathLike)) or hasattr(content, "read")):
             kind = type(content).__name__
             raise TypeError(f"files[{name!r}] must be bytes, str, a path or a binary file, not {kind}")
-    objects = [id(content) for content in files.values() if hasattr(content, "read")]
+    objects = [id(content) for content in contents.values() if hasattr(content, "read")]
     if len(set(objects)) < len(objects):
         raise BoxerValidationError("files has one file object under two names; open the file twice, or give its path")
-    return {str.__str__(name): content for name, content in files.items()}
+    return contents
 
 
 def _input(value: Any) -> Any:
@@ -448,9 +448,9 @@ def _check_shell_names(env: Any) -> None:
 
 
 def _path(name: str, path: Any) -> str:
-    if not _text(name, path):
+    if not (checked := _text(name, path)):
         raise BoxerValidationError(f"{name} is empty; write a path, for instance 'data/input.txt'")
-    return str.__str__(path)  # the text itself, where a subclass, such as an Enum's, has another str()
+    return checked
 
 
 def _clean_path(name: str, path: Any) -> str:
