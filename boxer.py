@@ -37,6 +37,8 @@ the network or the server is a BoxerError:
         BoxerTimeoutError         the program's time was up (408), or the client's own (0)
         BoxerOutputLimitError     the program wrote too much to stdout or stderr
 
+A wrong type is a TypeError, a closed client a RuntimeError, and an unreadable local file an OSError.
+
 On the command line: `python3 boxer.py --help`, or `boxer --help` where the package `boxer-sdk` is installed.
 
 This file is the whole client. It needs nothing but Python 3.9 or later: copy it next to your code, or install the
@@ -532,11 +534,6 @@ def _shortened(value: Any) -> str:
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
-#
-# The module's docstring shows the tree. A fault of the network, the protocol or the server raises one of these, and
-# nothing else does. Using a closed client is a RuntimeError and a wrong type a TypeError; a local file that cannot be
-# read raises its own OSError.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class BoxerError(Exception):
