@@ -964,7 +964,6 @@ class _Multipart:
 
     @property
     def end(self) -> bytes:
-        """What follows the pieces."""
         return self._coded(self._after) + (b"0\r\n\r\n" if self.length is None else b"")
 
     def _coded(self, piece: bytes) -> bytes:
@@ -1604,7 +1603,6 @@ class _Decoder:
         return self._at < len(self._data)
 
     def feed(self, data: bytes) -> None:
-        """Decode what arrived."""
         self.received += len(data)
         if self._decoding is None:
             if self._decode_whole(data):
@@ -1751,7 +1749,6 @@ def _field_lines(section: str) -> list[tuple[str, str]]:
 
 
 def _combined(lines: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return fields by name."""
     fields: dict[str, str] = {}
     for name, value in lines:
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
