@@ -335,7 +335,7 @@ class RunRequest:
             cmd=command,
             env=() if self.env is None else _environment(self.env),
             cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
-            limits=None if self.limits is None else ResourceLimits(**_limits(self.limits).to_dict()),
+            limits=None if self.limits is None else _limits(self.limits),
             files=() if self.files is None else _files(self.files) or (),
             network=None if self.network is None else _text("network", self.network) or None,
             input=None if self.input is None else _input(self.input),
