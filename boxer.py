@@ -396,7 +396,7 @@ def _environment(env: Any) -> tuple[str, ...]:
 
 def _limits(limits: Any) -> ResourceLimits:
     if isinstance(limits, ResourceLimits):
-        return limits
+        limits = limits.to_dict()
     if not isinstance(limits, Mapping):
         raise TypeError(f"limits must be ResourceLimits or a mapping, not {type(limits).__name__}")
     known = ResourceLimits.__dataclass_fields__
@@ -831,9 +831,7 @@ def _local_target(remote_path: str, local_path: Any) -> Path:
     if target.is_dir():
         name = remote_path.rpartition("/")[2]
         if Path(name).name != name:
-            raise BoxerValidationError(
-                f"{remote_path!r} ends in a name that no file can have here; give the path of a file"
-            )
+            raise BoxerValidationError(f"{remote_path!r} ends in a name that no file can have; give the path of one")
         target /= name
     if target.is_symlink():
         target = _resolved(target)
