@@ -1249,7 +1249,6 @@ class _Origin(NamedTuple):
     url: str  # without credentials
     scheme: str
     authority: str  # host, and port where it is not the scheme's own
-    host: str  # without brackets
     path: str  # what a request target begins with
     proxy: Optional[str]  # its authority
     fields: dict[str, str]  # of every request; names are spelt as urllib spells them
@@ -1282,8 +1281,8 @@ def _origin(base_url: str | None, headers: Mapping[str, str]) -> _Origin:
     if proxy is None:
         fields.pop("Proxy-authorization", None)
     url = f"{parts.scheme}://{authority}{path}"
-    host, next_hop = _host_and_port(authority, 0)[0], _authority(proxy, "the proxy") if proxy else None
-    return _Origin(url, parts.scheme, authority, host, path, next_hop, fields)
+    next_hop = _authority(proxy, "the proxy") if proxy else None
+    return _Origin(url, parts.scheme, authority, path, next_hop, fields)
 
 
 def _split_url(url: str, name: str) -> urllib.parse.SplitResult:
@@ -2805,7 +2804,7 @@ class _OpenerRequest(urllib.request.Request):
 
     def __init__(self, origin: _Origin, call: _Call) -> None:
         request = call.request
-        super().__init__(origin.url + request.target, origin_req_host=origin.host, method=request.method)
+        super().__init__(origin.url + request.target, method=request.method)
         self.host = origin.authority  # again, since urllib decodes it, and with it the zone of an IPv6 address
         self.data: Any = request.body or None
         self.headers = {**origin.fields, **request.headers}
