@@ -1022,8 +1022,7 @@ class _Plan:
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        uploaded = set(self.uploaded)
-        doubtful = [[path] for path in self.begun if path not in uploaded]
+        doubtful = [[path] for path in set(self.begun).difference(self.uploaded)]
         for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
             if paths:
                 yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
