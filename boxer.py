@@ -1618,9 +1618,9 @@ class _Decoder:
         self.response, self.is_complete = _Response(head, content), True
         return True
 
-    def take(self, least: int) -> bytes:
-        """Return what has come of the content, if it is so much, and forget it."""
-        if self._content.tell() < least:
+    def take(self) -> bytes:
+        """Return what has come of the content, if it is a piece's worth, and forget it."""
+        if self._content.tell() < _PIECE_SIZE:
             return b""
         content = self._content.getvalue()
         self._content = io.BytesIO()
@@ -1917,7 +1917,7 @@ class _Connection:
         if decoder.is_complete:
             await self.write(sink, response.content)
             response.content = b""
-        elif content := decoder.take(least=_PIECE_SIZE):
+        elif content := decoder.take():
             await self.write(sink, content)
             self.call.deadline.start_again("progress")
 
