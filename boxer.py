@@ -1312,8 +1312,7 @@ def _authority(parts: urllib.parse.SplitResult, name: str) -> str:
     if len(host) > 253 or is_bracketed != (":" in host) or not re.fullmatch(_IPV6 if is_bracketed else _HOST, host):
         raise BoxerValidationError(f"the host in {name} is not a name or address")
     host = f"[{host}]" if ":" in host else host
-    port = parts.port or _DEFAULT_PORTS[parts.scheme]
-    return host if port == _DEFAULT_PORTS[parts.scheme] else f"{host}:{port}"
+    return host if parts.port in (None, _DEFAULT_PORTS[parts.scheme]) else f"{host}:{parts.port}"
 
 
 def _basic(field_name: str, parts: urllib.parse.SplitResult, name: str) -> dict[str, str]:
