@@ -1498,7 +1498,7 @@ class _Tries:
             if not is_over or self._retried >= self._retries:
                 return None
             self._retried += 1
-            pause, log_level = random.uniform(0.5, 1.0) * min(0.25 * 2 ** min(self._retried, 5), 8.0), logging.WARNING
+            pause, log_level = random.uniform(0.5, 1.0) * 0.25 * 2 ** min(self._retried, 5), logging.WARNING
             if isinstance(outcome, _Response):
                 pause = max(pause, _retry_after(outcome.fields.get("retry-after", "")))
         if not _can_be_sent(request) or pause >= call.deadline.left:
