@@ -605,19 +605,16 @@ class BoxerOutputLimitError(BoxerAPIError):
 
 _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
-# Terminal escapes (ECMA-48: control strings, control sequences, others), control characters, and characters that
-# reorder text: text of a server or a program must not bring them to a terminal.
-_ESCAPE = (
+# ECMA-48's control strings, control sequences, and other escapes.
+_ESCAPE = re.compile(
     r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c|\Z)"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]"
 )
-_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-_UNPRINTABLE = re.compile(f"(?P<escape>{_ESCAPE})|{_CONTROL}")
 
 
 def _printable(text: str, keep: str = "") -> str:
-    """Return text without terminal escapes, and with a space for each control character."""
-    return _UNPRINTABLE.sub(lambda match: "" if match["escape"] else match[0] if match[0] in keep else " ", text)
+    """Return text of a server or a program as a terminal can show it: without escapes, and with spaces for controls."""
+    return "".join([char if char.isprintable() or char in keep else " " for char in _ESCAPE.sub("", text)])
 
 
 def _excerpt(output: str) -> str:
