@@ -206,8 +206,7 @@ _NAME_LIMIT = 64 * 1024  # bytes of the path of one of them
 _DEPTH_LIMIT = 64  # folders on the way to one of them, where they go into a local folder
 _LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
-_SHOWN_SIZE = 500  # characters of a program's output that a repr shows, and an error at either end
-_SHOWN_OUTPUTS = 20  # names of files in a repr
+_SHOWN_SIZE = 500  # characters of a program's output, or of its names, that a repr shows, and an error at either end
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
@@ -527,9 +526,9 @@ def _shortened(value: Any) -> str:
     if isinstance(value, str) and len(value) > _SHOWN_SIZE:
         return f"{value[:_SHOWN_SIZE]!r}… ({len(value):,} characters)"
     if isinstance(value, dict):
-        shown = [f"{name!r}: {len(content):,} bytes" for name, content in list(value.items())[:_SHOWN_OUTPUTS]]
-        more = [f"… ({len(value):,} files)"] if len(value) > _SHOWN_OUTPUTS else []
-        return "{" + ", ".join(shown + more) + "}"
+        sizes = ", ".join([f"{name!r}: {len(content):,} bytes" for name, content in value.items()])
+        more = f"… ({len(value):,} files)" if len(sizes) > _SHOWN_SIZE else ""
+        return "{" + sizes[:_SHOWN_SIZE] + more + "}"
     return repr(value)
 
 
