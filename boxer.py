@@ -822,13 +822,13 @@ class _Sink:
 def _local_target(remote_path: str, local_path: Any) -> Path:
     """Return where `download_path` puts a file: at a path, or into a folder by its own name."""
     target = _local_path("local_path", local_path)
-    if os.fsdecode(local_path).endswith(("/", os.sep)) and not target.is_dir():
-        raise BoxerValidationError(f"there is no folder {str(target)!r}")
     if target.is_dir():
         name = remote_path.rpartition("/")[2]
         if Path(name).name != name:
             raise BoxerValidationError(f"{remote_path!r} ends in a name that no file can have; give the path of one")
         target /= name
+    elif os.fsdecode(local_path).endswith(("/", os.sep)):
+        raise BoxerValidationError(f"there is no folder {str(target)!r}")
     if target.is_symlink():
         target = _resolved(target)
     if os.path.lexists(target) and not target.is_file():
