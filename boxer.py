@@ -353,13 +353,10 @@ def _text(name: str, value: Any) -> str:
     """Check a text: what it holds has to reach the server, and the program, as it is."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, not {type(value).__name__}")
-    problem = "a NUL character in it, at which programs cut text off" if "\0" in value else ""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        problem = "a lone surrogate in it, which is no character"
-    if problem:  # raised outside of the `except`: that error holds the whole text, which may be a secret
-        raise BoxerValidationError(f"{name} has {problem}")
+    if "\0" in value:
+        raise BoxerValidationError(f"{name} has a NUL character in it, at which programs cut text off")
+    if value.encode("utf-8", "replace").decode("utf-8") != value:
+        raise BoxerValidationError(f"{name} has a lone surrogate in it, which is no character")
     return str.__str__(value)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
