@@ -1029,11 +1029,10 @@ def _folders_of(paths: Iterable[str]) -> list[str]:
 
 def _short_text(value: str | bytes) -> str | None:
     """Return an input as text that can be an argument; None: it must be a file."""
-    try:
-        text = value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text or len(text.encode("utf-8")) > _INPUT_LIMIT else text
+    content = value.encode("utf-8") if isinstance(value, str) else value
+    text = content.decode("utf-8", "replace")
+    is_text = text.encode("utf-8") == content and "\0" not in text
+    return text if is_text and len(content) <= _INPUT_LIMIT else None
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
