@@ -1845,10 +1845,9 @@ class _Connection:
             raise BoxerConnectionError(f"{self.peer}: {end.loss}", self.sent > 0) from end  # pragma: no cover
         finally:
             call.was_sent = call.was_sent or self.sent > 0
-            if _LOG.isEnabledFor(logging.DEBUG):
-                figures = self.sent, decoder.received, time.monotonic() - began, call.tries
-                text = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
-                _LOG.debug(text, call.request.name, code, *figures)
+            figures = self.sent, decoder.received, time.monotonic() - began, call.tries
+            text = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
+            _LOG.debug(text, call.request.name, code, *figures)
         is_whole = is_whole and self.is_all_sent
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
