@@ -1848,7 +1848,7 @@ class _Connection:
             figures = self.sent, decoder.received, time.monotonic() - began, call.tries
             text = "%s: %s; %d bytes sent, %d received in %.3f s; try %d"
             _LOG.debug(text, call.request.name, code, *figures)
-        is_whole = is_whole and self.is_all_sent
+        is_whole = is_whole and self.is_all_sent()
         if response.is_success and not is_whole:
             message = f"{self.peer}: it reported success before it had all of the request"
             raise BoxerConnectionError(message, self.sent > 0)
@@ -1930,7 +1930,7 @@ class _Connection:
     abort: Callable[[], None]  # end whatever waits on the connection, from another thread or task
     close: Callable[[], None]  # at once; whether it is open or not
     fileno: Callable[[], int]  # the socket's descriptor; -1 if there is none
-    is_all_sent: bool  # the system has taken all that was to be sent
+    is_all_sent: Callable[[], bool]  # the system has taken all that was to be sent
     sent = 0  # bytes of the request that is being exchanged
 
 
@@ -2602,8 +2602,7 @@ class _SyncConnection(_Connection):
     async def write(self, sink: _Sink, content: bytes) -> None:
         sink.write(content)
 
-    @property
-    def is_all_sent(self) -> bool:  # type: ignore[override]
+    def is_all_sent(self) -> bool:
         return not self._unsent
 
     def send(self, data: _Piece) -> None:
@@ -3274,8 +3273,7 @@ class _AsyncConnection(_Connection):
         else:
             self.sent += len(data)
 
-    @property
-    def is_all_sent(self) -> bool:  # type: ignore[override]
+    def is_all_sent(self) -> bool:
         if self._send_failed or not self._protocol.can_take_more:
             return False
         # A closing transport says that its buffer is empty; if it was full before, `can_take_more` still tells.
