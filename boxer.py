@@ -127,7 +127,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -1840,9 +1839,6 @@ class _Connection:
             code = str(response.code)
         except _ProtocolError as error:
             raise BoxerConnectionError(f"{self.peer}: {error}", self.sent > 0) from error.__cause__ or error
-        except _ConnectionEnd as end:  # the deadline, or a cancellation, while the rest of a file was written
-            call.check(self.peer)
-            raise BoxerConnectionError(f"{self.peer}: {end.loss}", self.sent > 0) from end  # pragma: no cover
         finally:
             call.was_sent = call.was_sent or self.sent > 0
             figures = self.sent, decoder.received, time.monotonic() - began, call.tries
@@ -2094,7 +2090,7 @@ class _Pool:
         last: Exception | None = None
         call.check(route.peer)
         try:
-            addresses = list(await self._resolve(*route.address, call))
+            addresses = list(await self._resolve(route, call))
         except _ConnectionEnd as end:
             addresses, last = [], end.loss
         while addresses:
@@ -2147,7 +2143,7 @@ class _Pool:
     _new_event: Callable[[], Any]  # to be set once, and waited for by one call
     _new_connection: Callable[[_Route], _Connection]
     _seconds_to_wait: Callable[[_Call], Optional[float]]  # for a turn; None: for ever, since that does not count
-    _resolve: Callable[[str, int, _Call], Awaitable[Iterable[Any]]]  # look up a name
+    _resolve: Callable[[_Route, _Call], Awaitable[Iterable[Any]]]  # look up a name
     pause: Callable[[_Call, float], Awaitable[None]]  # before the next try; it ends early if the call is cancelled
 
 
@@ -2714,9 +2710,9 @@ class _SyncPool(_Pool):
         call.cancellation.interrupt_by(event.set)
         await event.wait(seconds)
 
-    async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+    async def _resolve(self, route: _Route, call: _Call) -> Iterable[Any]:
         with _system_errors():
-            return _look_up(host, port)
+            return _look_up(*route.address)
 
 
 _STOPPED = "stopped, because another call failed or the caller gave up"
@@ -3218,7 +3214,7 @@ class _AsyncConnection(_Connection):
                 task.cancel()
 
         with _system_errors():
-            await _within(seconds, connect(), self.call, end)
+            await _within(seconds, connect, self.call, end)
         self._add_writer(self._tcp)
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
@@ -3244,7 +3240,7 @@ class _AsyncConnection(_Connection):
 
         with _system_errors():
             # A cancelled start could lose a transport that has just been made, so what ends it is the end of TCP.
-            await _within(self.call.deadline.left, start(), self.call, lambda _: tcp.abort())
+            await _within(self.call.deadline.left, start, self.call, lambda _: tcp.abort())
         self._add_writer(protocol)
 
     def _add_writer(self, protocol: _Protocol) -> None:
@@ -3256,14 +3252,14 @@ class _AsyncConnection(_Connection):
             await asyncio.sleep(0)  # let other tasks run
             piece = next(pieces, None)
         else:
-            piece = await _within(self.call.deadline.left, _in_thread(next, pieces, None), self.call)
+            piece = await _in_thread(self.call, self.peer, next, pieces, None)
         if not self.is_quiet():  # let the loop receive an early answer: a write that fails would lose it
             await asyncio.sleep(0)  # the loop looks for what has arrived
             await asyncio.sleep(0)  # and hands it to the protocol
         return piece
 
     async def write(self, sink: _Sink, content: bytes) -> None:
-        await _within(self.call.deadline.left, _in_thread(sink.write, content), self.call)
+        await _in_thread(self.call, self.peer, sink.write, content)
 
     def send(self, data: _Piece) -> None:
         if not self._send_failed and not self._tcp.transport.is_closing():
@@ -3350,16 +3346,15 @@ class _AsyncConnection(_Connection):
 
 async def _within(
     seconds: float,
-    coroutine: Coroutine[Any, Any, _T],
+    function: Callable[[], Awaitable[_T]],
     call: _Call,
     end: Callable[[Any], Any] = operator.methodcaller("cancel"),
 ) -> _T:
     """Do what asyncio.wait_for does, which can lose a cancellation before Python 3.12; let the call be cancelled, too.
 
-    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the coroutine's task; by default it cancels.
+    Raises _ConnectionEnd if it takes too long or is cancelled. `end` ends the task; by default it cancels.
     """
-    task = asyncio.ensure_future(_outcome(coroutine))
-    task.add_done_callback(lambda _: coroutine.close())  # it warns if it has not begun
+    task = asyncio.ensure_future(_outcome(function))
 
     def interrupt() -> None:
         if not task.done() and not task.get_loop().is_closed():
@@ -3386,30 +3381,31 @@ async def _within(
     return cast("_T", result)
 
 
-async def _outcome(coroutine: Awaitable[_T]) -> tuple[Optional[_T], Optional[Exception]]:
-    """Return what a coroutine returns, and what it raises.
+async def _outcome(function: Callable[[], Awaitable[_T]]) -> tuple[Optional[_T], Optional[Exception]]:
+    """Return what a coroutine function returns, and what it raises.
 
     An error that left the task itself would pass through the code that a program's own task factory may have put
     around it, and `_is_ours` would take it for the program's.
     """
     try:
-        return await coroutine, None
+        return await function(), None
     except Exception as error:  # noqa: BLE001 - `_within` raises it
         return None, error
 
 
-async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
+async def _in_thread(call: _Call, peer: str, function: Callable[..., _T], *args: Any) -> _T:
     """Call a function that blocks: in a thread, but right here at the exit of the interpreter, when none can start."""
 
-    def call() -> _T:
-        try:
-            return function(*args)
-        except StopIteration as error:  # a future cannot hold it, and is waited for in vain before Python 3.12
-            raise RuntimeError("StopIteration was raised") from error
+    async def do() -> _T:  # a coroutine turns StopIteration, which no future can hold, into RuntimeError
+        return function(*args)
 
     if not threading.main_thread().is_alive():
-        return call()  # pragma: no cover - coverage is not measured any more by then
-    return await asyncio.to_thread(call)
+        return await do()  # pragma: no cover - coverage is not measured any more by then
+    try:
+        return await _within(call.deadline.left, lambda: asyncio.to_thread(lambda: _run_to_completion(do())), call)
+    except _ConnectionEnd as end:
+        call.check(peer)
+        raise BoxerConnectionError(f"{peer}: {end.loss}") from end  # pragma: no cover - nothing else ends it
 
 
 class _AsyncEvent:
@@ -3449,14 +3445,15 @@ class _AsyncPool(_Pool):
 
     async def pause(self, call: _Call, seconds: float) -> None:
         with contextlib.suppress(_ConnectionEnd):
-            await _within(_LONGEST_WAIT, asyncio.sleep(seconds), call)
+            await _within(_LONGEST_WAIT, lambda: asyncio.sleep(seconds), call)
 
-    async def _resolve(self, host: str, port: int, call: _Call) -> Iterable[Any]:
+    async def _resolve(self, route: _Route, call: _Call) -> Iterable[Any]:
+        host, port = route.address
         await self._end_of_loop.__anext__()  # start the generator here, so that the loop, at its end, closes it
         with _system_errors():
             with contextlib.suppress(socket.gaierror):  # an address, or localhost, takes no time and no thread
                 return _look_up(host, port, 0 if host == "localhost" else socket.AI_NUMERICHOST)
-            return await _within(call.deadline.left, _in_thread(_look_up, host, port), call)
+            return await _in_thread(call, route.peer, _look_up, host, port)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """Close the connections of a client that was not closed before the loop is.
@@ -3658,11 +3655,7 @@ class AsyncBoxerClient(_Client):
     async def _do_blocking(self, options: _Options, function: Callable[..., Any], *args: Any) -> Any:
         call = self._new_call(_HEALTH_REQUEST, options)  # no request is sent: it is for the deadline and cancellation
         call.deadline.start_again("end of reading")
-        try:
-            return await _within(call.deadline.left, _in_thread(function, *args), call)
-        except _ConnectionEnd:
-            call.check("local files")
-            raise  # pragma: no cover - nothing else ends it
+        return await _in_thread(call, "local files", function, *args)
 
     _new_workers = _AsyncWorkers
 
