@@ -2327,11 +2327,9 @@ class _Client:
             _check_shell_names(run.env)
             _local_path("output_dir", output_dir).mkdir(parents=True, exist_ok=True)
         contents = run.files.values() if isinstance(run.files, dict) else ()
+        is_in_memory = all(isinstance(content, _IN_MEMORY) for content in contents)
         make_plan: Callable[[], _Plan] = functools.partial(_Plan, run, run.outputs is True or output_dir is not None)
-        if all(isinstance(content, _IN_MEMORY) for content in contents):
-            plan = make_plan()
-        else:
-            plan = await self._do_blocking(options, make_plan)
+        plan = make_plan() if is_in_memory else await self._do_blocking(options, make_plan)
         try:
             await self._upload_all(plan.uploads, options, functools.partial(self._upload_planned, plan))
             if plan.failure is not None:
