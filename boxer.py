@@ -3681,7 +3681,6 @@ class AsyncBoxerClient(_Client):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-_TIME_IS_UP, _OURS, _INTERRUPTED = 124, 125, 130  # exit codes that are not the program's, as `docker run` has them
 _FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # RuntimeError: no thread can be started
 _HINTS = {
     0: "; --timeout (or --wait) waits longer",
@@ -3710,12 +3709,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if ended.code:  # a signal handler has raised it
             raise
         return 0  # argparse has shown its help, or the version
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
-        return _OURS
-    except _FAILURES as error:
-        _say(f"boxer: {_explained(error)}\n")
+    except (*_FAILURES, KeyboardInterrupt) as error:
+        if not isinstance(error, (BrokenPipeError, KeyboardInterrupt)):  # the former is what `| head` leads to
+            _say(f"boxer: {_explained(error)}\n")
         return _exit_code(error)
 
 
@@ -4027,9 +4023,10 @@ def _explained(error: BaseException) -> str:
 
 
 def _exit_code(error: BaseException) -> int:
+    """Return an exit code that is not the program's own; `docker run` and `timeout` have the same."""
     if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED
-    return _TIME_IS_UP if isinstance(error, BoxerTimeoutError) and error.status_code == 408 else _OURS
+        return 130
+    return 124 if getattr(error, "status_code", None) == 408 else 125  # 124: the program's time limit is over
 
 
 if __name__ == "__main__":
