@@ -3704,7 +3704,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Do what a command line asks for, by default that of this program, and return the exit code."""
     try:
         options = _command_line(arguments)
-        return int(options.function(options))
+        return int(options.function(options) or 0)
     except SystemExit as ended:
         if ended.code:  # a signal handler has raised it
             raise
@@ -3865,7 +3865,7 @@ def _named_files(options: Any) -> dict[str, Path]:
     return files
 
 
-def _do_upload(options: Any) -> int:
+def _do_upload(options: Any) -> None:
     """Upload a file or folder into the server's store, and print the remote paths."""
     local, remote = [*options.words, None][:2]
     with _client_with_progress(options, "uploading") as (client, progress):
@@ -3873,10 +3873,9 @@ def _do_upload(options: Any) -> int:
         progress.total = functools.partial(int, sum(file.stat().st_size for _, file in files))
         paths = _run_to_completion(client._upload_all(files, client._options(), client._upload))  # noqa: SLF001 - its own
     _write(sys.stdout, "".join(f"{path}\n" for path in paths).encode())
-    return 0
 
 
-def _do_download(options: Any) -> int:
+def _do_download(options: Any) -> None:
     """Download a file from the server's store; LOCAL may be a folder, or - for standard output."""
     remote, local = [*options.words, "."][:2]
     with _client_with_progress(options, "downloading") as (client, progress):
@@ -3889,10 +3888,9 @@ def _do_download(options: Any) -> int:
             request = _download_request(remote, sink := _Sink(file))
             progress.total, progress.positions[sink] = lambda: sink.length, lambda: sink.written
             _run_to_completion(client._exchange(request, _file_content, client._options()))  # noqa: SLF001 - its own
-    return 0
 
 
-def _do_health(options: Any) -> int:
+def _do_health(options: Any) -> None:
     """Ask whether the server is well, or wait until it is."""
     with _client_with_progress(options, "waiting") as (client, _):
         if options.wait is None:
@@ -3900,7 +3898,6 @@ def _do_health(options: Any) -> int:
         else:
             client.wait_until_ready(options.wait)
     _write(sys.stdout, b"ok\n")
-    return 0
 
 
 def _add_wait(add: Any) -> None:
