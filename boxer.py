@@ -3776,13 +3776,10 @@ def _parser() -> Any:
 def _add_common_options(add: Any, headers: str, default: Any) -> None:
     """Add what may stand before the command and behind it; there, the default is what was said before."""
     add("--url", default=default, help="of the server; default: $BOXER_URL, or else http://localhost:8080")
-    text = "seconds to wait for an answer, or for content to move; default: 120"
-    add("--timeout", type=float, default=default, metavar="S", help=text)
-    text = "a header field for each request; repeatable"
-    add("--header", action="append", dest=headers, default=[], metavar="'N: V'", help=text)
+    add("--timeout", type=float, default=default, metavar="S", help="seconds without answer or progress; default: 120")
+    add("--header", action="append", dest=headers, default=[], metavar="'N: V'", help="a header field; repeatable")
     add("--ca", default=default, metavar="FILE", help="for https: certificates to trust in place of the system's")
-    text = "how often to try again if the server is busy or cannot be reached; default: 2"
-    add("--retries", type=int, default=default, metavar="N", help=text)
+    add("--retries", type=int, default=default, metavar="N", help="how often to try a busy server again; default: 2")
     add("-v", action="store_true", dest="is_verbose", default=default, help="say more: a line for each request")
     add("-q", action="store_true", dest="is_quiet", default=default, help="say nothing but errors")
 
@@ -3805,8 +3802,7 @@ def _add_run(add: Any) -> None:
 
 
 def _add_exclude(add: Any) -> None:
-    text = "leave out what has this name, or this path in a folder; repeatable"
-    add("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="a name or path to leave out; repeatable")
 
 
 def _do_run(options: Any) -> int:
