@@ -2247,8 +2247,6 @@ class _Client:
         while True:
             try:
                 response = await self._send(pool, call)
-                if response.is_success:
-                    return response
                 pause = tries.pause_after(response)
                 if pause is None:
                     return response
