@@ -3915,8 +3915,8 @@ def _client_with_progress(options: Any, work: str) -> Iterator[tuple[BoxerClient
     except OSError as error:
         raise BoxerValidationError(f"--ca {options.ca}: {error.strerror}") from error
     settings = {"headers": options.headers, "retries": options.retries, "ssl_context": context}
-    progress, level, is_over = _Progress(), _LOG.level, threading.Event()
-    progress.is_shown = getattr(sys.stderr, "isatty", bool)() and not options.is_quiet
+    progress = _Progress(getattr(sys.stderr, "isatty", bool)() and not options.is_quiet)
+    level, is_over = _LOG.level, threading.Event()
     thread = threading.Thread(target=progress.show, args=(work, is_over), daemon=True)
     if progress.is_shown:
         thread.start()
@@ -3938,10 +3938,9 @@ def _client_with_progress(options: Any, work: str) -> Iterator[tuple[BoxerClient
 class _Progress(logging.Handler):
     """Says what the log says and, on a terminal, how far long work is: content that has moved, its rate, the time."""
 
-    is_shown = False
-
-    def __init__(self) -> None:
+    def __init__(self, is_shown: bool) -> None:
         super().__init__()
+        self.is_shown = is_shown
         self.positions: dict[Any, Callable[[], int]] = {}  # how much of each file has moved
         self.total: Callable[[], float] = int  # how much there is to move
 
