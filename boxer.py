@@ -3128,6 +3128,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         super().__init__(self.reader, loop=loop)
         self.sock: socket.socket | None = None  # of a TCP connection, as soon as there is one
         self.transport: Any = None  # an asyncio.Transport, once connected
+        self.writer: asyncio.StreamWriter  # over it; if that is collected, it closes the connection
         self.unread = 0  # bytes that came from the transport, and were not read yet
         self.has_ended = False
         self.loss: Exception | None = None
@@ -3136,6 +3137,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self.writer = asyncio.StreamWriter(self.transport, self, self.reader, asyncio.get_running_loop())
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -3181,7 +3183,6 @@ class _AsyncConnection(_Connection):
         super().__init__(route)
         self._loop = asyncio.get_running_loop()
         self._tcp = self._protocol = _Protocol(self._loop)  # of TCP, and of TLS over it, if there is any
-        self._writers: list[asyncio.StreamWriter] = []  # the same two; if one is collected, it closes the connection
         self._is_closed = False
         self._send_failed = False  # some of the request could not be sent
         self._timer: asyncio.TimerHandle | None = None  # rings at the call's deadline
@@ -3211,12 +3212,11 @@ class _AsyncConnection(_Connection):
 
         with _system_errors():
             await _within(seconds, connect, self.call, end)
-        self._add_writer(self._tcp)
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         if context.protocol == ssl.PROTOCOL_TLS_SERVER:
             raise _ConnectionEnd(ssl.SSLError(1, "ssl_context is one for servers"))
-        tcp, protocol = self._writers[0].transport, _Protocol(self._loop)
+        tcp, protocol = self._tcp.transport, _Protocol(self._loop)
 
         async def start() -> None:
             # Looked at in the same turn of the loop as TLS is begun, which never hears of an end that came before it.
@@ -3237,10 +3237,6 @@ class _AsyncConnection(_Connection):
         with _system_errors():
             # A cancelled start could lose a transport that has just been made, so what ends it is the end of TCP.
             await _within(self.call.deadline.left, start, self.call, lambda _: tcp.abort())
-        self._add_writer(protocol)
-
-    def _add_writer(self, protocol: _Protocol) -> None:
-        self._writers.append(asyncio.StreamWriter(protocol.transport, protocol, protocol.reader, self._loop))
 
     async def next_piece(self, body: _Multipart, pieces: Iterator[_Piece]) -> _Piece | None:
         piece: _Piece | None
@@ -3259,7 +3255,7 @@ class _AsyncConnection(_Connection):
 
     def send(self, data: _Piece) -> None:
         if not self._send_failed and not self._tcp.transport.is_closing():
-            self._writers[-1].write(data)
+            self._protocol.writer.write(data)
         if self._tcp.transport.is_closing() or (self.is_tls and self._protocol.has_ended):
             self._send_failed = True
         else:
