@@ -1021,9 +1021,9 @@ class _Plan:
 
 
 def _folders_of(paths: Iterable[str]) -> list[str]:
-    """Return all folders that paths go through, each before the one that it is in."""
+    """Return all folders that paths go through, deepest first."""
     folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
-    return sorted(folders - {"."}, reverse=True)
+    return sorted(folders - {"."}, key=lambda folder: (-folder.count("/"), folder))
 
 
 def _short_text(value: str | bytes) -> str | None:
