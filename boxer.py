@@ -118,7 +118,6 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
-import urllib.response
 import warnings
 import weakref
 from collections.abc import (
@@ -2170,6 +2169,8 @@ class _Client:
         headers: Optional[Mapping[str, str]] = None,
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
+        if not (ssl_context is None or isinstance(ssl_context, ssl.SSLContext)):
+            raise TypeError(f"ssl_context must be an ssl.SSLContext, not {type(ssl_context).__name__}")
         self._settings: dict[str, Any] = {
             # A pickle goes to the same server, whatever the environment is where it is loaded.
             "base_url": os.environ.get("BOXER_URL") if base_url is None else base_url,
@@ -2180,7 +2181,7 @@ class _Client:
             "ssl_context": ssl_context,
         }
         self._origin = _origin(base_url, self._settings["headers"])
-        self._context = _tls_context(self._origin.scheme, ssl_context)
+        self._context = None if self._origin.scheme == "http" else ssl_context or ssl.create_default_context()
         self._pools: dict[Any, Any] = {}  # of the asyncio client, by event loop; here, so that its copies share it
         self._open_content: Callable[..., Any] = _opened  # the command line replaces it, to count what is read
         self._is_closed = False
@@ -2447,12 +2448,6 @@ def _copy(kind: type[_Client], settings: dict[str, Any], token: str) -> _Client:
     client = object.__new__(kind)
     client.__dict__.update(original.__dict__, _original=original)
     return client
-
-
-def _tls_context(scheme: str, context: Any) -> ssl.SSLContext | None:
-    if not (context is None or isinstance(context, ssl.SSLContext)):
-        raise TypeError(f"ssl_context must be an ssl.SSLContext, not {type(context).__name__}")
-    return None if scheme == "http" else context or ssl.create_default_context()
 
 
 @dataclass(eq=False)
@@ -2798,46 +2793,23 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     handler_order = 1000  # behind handlers that a user adds, any of which may answer in its place
 
-    def __init__(self, pool: _SyncPool, origin: _Origin, context: ssl.SSLContext | None, timeout: float) -> None:
+    def __init__(self, pool: _SyncPool, authority: str, context: ssl.SSLContext | None) -> None:
         self._pool = pool
-        self._origin = origin
+        self._authority = authority
         self._context = context
-        self._timeout = timeout
 
-    def http_open(self, request: urllib.request.Request) -> Any:
+    def http_open(self, request: _OpenerRequest) -> _Response:
         """Send a request as other handlers have left it."""
-        if isinstance(request, _OpenerRequest):
-            return self._send(request, request.call, self._origin.authority)
-        # A handler of the user's has made it, and expects urllib's own kind of response.
-        own = _Request(request.get_method(), request.selector, {}, b"")
-        call = _Call(own, _Deadline(self._timeout), _Cancellation())
-        self._pool.calls.add(call)
-        try:
-            response = self._send(request, call, request.host)
-        finally:
-            self._pool.calls.discard(call)
-        content, url = io.BytesIO(response.content), request.full_url
-        made = urllib.response.addinfourl(content, response.info(), url, response.code)
-        made.msg = response.msg  # type: ignore[attr-defined]  # http.client's responses have it, too
-        return made
-
-    def _send(self, request: urllib.request.Request, call: _Call, authority: str) -> _Response:
+        if not isinstance(request, _OpenerRequest):
+            raise TypeError("a handler can change or answer a request, but make none of its own")
         fields = {**request.headers, **request.unredirected_hdrs}
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
-        origin = tunnel or authority
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
-        route = _Route(request.type, request.host, tunnel, authorization, origin)
-        body: Any = request.data or b""
-        fields.setdefault("Host", request.host)
-        if isinstance(body, bytes) and body:
-            fields.setdefault("Content-length", str(len(body)))
+        route = _Route(request.type, request.host, tunnel, authorization, self._authority)
         head = _encoded_head(request.get_method(), request.selector, fields)
-        # A request that a handler makes to another server has nothing of the client's own TLS, such as its certificate.
-        is_same_server = (request.type, origin) == (self._origin.scheme, self._origin.authority)
-        context = self._context if is_same_server else _tls_context(request.type, None)
-        return _run_to_completion(self._pool.exchange(route, context, head, body, call))
+        return _run_to_completion(self._pool.exchange(route, self._context, head, request.data or b"", request.call))
 
     https_open = http_open
 
@@ -2906,7 +2878,7 @@ class BoxerClient(_Client):
         )
         self._settings["handlers"] = handlers
         pool = self._pool = _SyncPool(self._settings["max_connections"])
-        own = _ConnectionHandler(pool, self._origin, self._context, self._settings["timeout"])
+        own = _ConnectionHandler(pool, self._origin.authority, self._context)
         self._opener = urllib.request.OpenerDirector()
         for handler in (own, *map(copy.copy, handlers)):  # a handler belongs to one opener
             self._opener.add_handler(handler)

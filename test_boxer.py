@@ -11913,49 +11913,6 @@ def test_what_a_handler_answers_with_decides_about_another_try(clock: Clock) -> 
     assert not kinds and len(clock.pauses) == 1
 
 
-class Fetching(urllib.request.BaseHandler):
-    """A user's handler that fetches a token, from the same server and by the same opener, for what has none."""
-
-    def __init__(self, in_time: bool) -> None:
-        self.in_time = in_time  # before it is asked for
-        self.token = ""
-
-    def fetch(self, request: urllib.request.Request) -> None:
-        director: Any = self.parent
-        with director.open(f"{request.type}://{request.host}/token", timeout=30) as response:
-            self.token = json.load(response)["token"]
-
-    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        if request.selector != "/token":
-            if self.in_time and not self.token:
-                self.fetch(request)
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
-        return request
-
-    def http_error_401(self, request: urllib.request.Request, *_: Any) -> Any:
-        self.fetch(request)
-        director: Any = self.parent
-        return director.open(request)
-
-
-@pytest.mark.parametrize("in_time", [True, False], ids=["before", "when asked"])
-def test_a_handler_may_send_a_request_of_its_own(in_time: bool) -> None:
-    def respond(request: Received) -> list[bytes]:
-        if request.line == "GET /token HTTP/1.1":
-            return [answer({"token": "t1"})]
-        if request.fields.get("authorization") != "Bearer t1":
-            return [failing("401 Unauthorized", "who are you?")]
-        return [RAN if "/run" in request.line else STORED]
-
-    with Host(respond) as host:
-        with BoxerClient(host.url, handlers=[Fetching(in_time)], max_connections=1) as client:
-            assert client.run("image", ["true"]) == RESULT
-            client.upload_file("a.txt", io.BytesIO(b"content"))
-        targets = [request.line.split(" ")[1] for request in host.seen]
-        assert targets == (["/token", "/run", "/files"] if in_time else ["/run", "/token", "/run", "/files"])
-    assert host.connections == 1
-
-
 def test_an_answer_that_another_handler_of_urllib_s_finds_cut_short_is_a_connection_error() -> None:
     said = answer(b"content", Content_Length="100")
     with Host(lambda _: [said, Do.FIN]) as host:
