@@ -1990,20 +1990,19 @@ class _Pool:
     A call has a turn while it is in `_busy`, with or without a connection as yet. `release` gives both back.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, context: ssl.SSLContext | None) -> None:
         self.is_closed = False
         self.was_forked = False  # this process is a forked child
         self.calls: set[_Call] = set()  # all that are going on, with a turn or not
         self._size = size
+        self._context = context  # None: without TLS
         self._lock = threading.RLock()  # a signal handler may use the client that it interrupts
         self._busy: dict[_Call, _Connection | None] = {}
         self._queue: dict[_Call, Any] = {}  # first come, first served; with the event that ends the wait
         self._idle: collections.deque[_Connection] = collections.deque()  # the one that was used last at the right
         _PROCESS.pools.add(self)
 
-    async def exchange(
-        self, route: _Route, context: ssl.SSLContext | None, head: bytes, body: bytes | _Multipart, call: _Call
-    ) -> _Response:
+    async def exchange(self, route: _Route, head: bytes, body: bytes | _Multipart, call: _Call) -> _Response:
         """Send a request over an idle connection or a new one, and receive its response."""
         try:
             await self._take_turn(call)
@@ -2017,7 +2016,7 @@ class _Pool:
                         raise
                 connection.close()
             connection = await self._connected(route, call)
-            return await connection.open(context) or await connection.exchange(head, body)
+            return await connection.open(self._context) or await connection.exchange(head, body)
         finally:
             self.release(call)
 
@@ -2793,10 +2792,9 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     handler_order = 1000  # behind handlers that a user adds, any of which may answer in its place
 
-    def __init__(self, pool: _SyncPool, authority: str, context: ssl.SSLContext | None) -> None:
+    def __init__(self, pool: _SyncPool, authority: str) -> None:
         self._pool = pool
         self._authority = authority
-        self._context = context
 
     def http_open(self, request: _OpenerRequest) -> _Response:
         """Send a request as other handlers have left it."""
@@ -2809,7 +2807,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
         route = _Route(request.type, request.host, tunnel, authorization, self._authority)
         head = _encoded_head(request.get_method(), request.selector, fields)
-        return _run_to_completion(self._pool.exchange(route, self._context, head, request.data or b"", request.call))
+        return _run_to_completion(self._pool.exchange(route, head, request.data or b"", request.call))
 
     https_open = http_open
 
@@ -2877,11 +2875,10 @@ class BoxerClient(_Client):
             ssl_context=ssl_context,
         )
         self._settings["handlers"] = handlers
-        pool = self._pool = _SyncPool(self._settings["max_connections"])
-        own = _ConnectionHandler(pool, self._origin.authority, self._context)
+        pool = self._pool = _SyncPool(self._settings["max_connections"], self._context)
         self._opener = urllib.request.OpenerDirector()
-        for handler in (own, *map(copy.copy, handlers)):  # a handler belongs to one opener
-            self._opener.add_handler(handler)
+        for handler in (_ConnectionHandler(pool, self._origin.authority), *map(copy.copy, handlers)):
+            self._opener.add_handler(handler)  # a handler belongs to one opener, hence the copies
 
     def __enter__(self) -> BoxerClient:
         self._check_open()
@@ -3390,8 +3387,8 @@ class _AsyncEvent:
 class _AsyncPool(_Pool):
     """The connections of an AsyncBoxerClient within one event loop."""
 
-    def __init__(self, size: int, origin: _Origin) -> None:
-        super().__init__(size)
+    def __init__(self, size: int, context: ssl.SSLContext | None, origin: _Origin) -> None:
+        super().__init__(size, context)
         tunnel = origin.authority if origin.proxy and origin.scheme == "https" else None
         self.fields = dict(origin.fields)
         authorization = self.fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
@@ -3636,13 +3633,13 @@ class AsyncBoxerClient(_Client):
                     stale = self._pools.pop(other, None)  # another thread may have been here
                     if stale is not None:
                         stale.abandon()
-            pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"], self._origin)
+            pool = self._pools[loop] = _AsyncPool(self._settings["max_connections"], self._context, self._origin)
         return pool
 
     async def _send(self, pool: _AsyncPool, call: _Call) -> _Response:
         request = call.request
         head = _encoded_head(request.method, pool.prefix + request.target, {**pool.fields, **request.headers})
-        return await pool.exchange(pool.route, self._context, head, request.body, call)
+        return await pool.exchange(pool.route, head, request.body, call)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
