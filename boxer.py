@@ -107,7 +107,6 @@ import queue
 import random
 import re
 import select
-import shlex
 import socket
 import ssl
 import stat
@@ -358,16 +357,10 @@ def _text(name: str, value: Any) -> str:
     return str.__str__(value)  # the text itself, where a subclass, such as an Enum's, has another str()
 
 
-_SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>&1"}
-
-
 def _texts(name: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str):
-        example = "['NAME=value']" if name == "env" else f"[{values!r}]"  # an entry of env may be a secret
-        if name == "cmd":
-            with contextlib.suppress(ValueError):  # an unclosed quote
-                words = shlex.split(values)
-                example = str(["sh", "-c", values] if _SHELL_WORDS.intersection(words) else words)
+        # An entry of env is not shown: it may be a secret.
+        example = {"cmd": f"['sh', '-c', {values!r}]", "env": "['NAME=value']"}.get(name, f"[{values!r}]")
         raise BoxerValidationError(f"{name} must be a list of strings, not one string: write {example}")
     if isinstance(values, bytes) or hasattr(values, "keys") or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of strings, not {type(values).__name__}")
@@ -2806,8 +2799,11 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
         route = _Route(request.type, request.host, tunnel, authorization, self._authority)
+        body = request.data or b""
+        if isinstance(body, bytes) and body:  # urllib drops the length when a handler sets other content
+            fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
-        return _run_to_completion(self._pool.exchange(route, head, request.data or b"", request.call))
+        return _run_to_completion(self._pool.exchange(route, head, body, request.call))
 
     https_open = http_open
 
