@@ -185,6 +185,7 @@ _IN_MEMORY = (bytes, bytearray, memoryview, str)  # the kinds of content that ar
 _READ_SIZE = 2 * 1024 * 1024  # bytes to read from a file at a time; with asyncio, a thread does it
 _PIECE_SIZE = 1024 * 1024  # bytes of other content to handle at a time
 _SEND_SIZE = 256 * 1024  # bytes of content to send at a time; the deadline starts again after each
+_TLS_RECORD_SIZE = 16 * 1024  # bytes
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
@@ -211,7 +212,8 @@ _REMOVAL_TIME = 10.0  # to remove what a run has left of its own files
 _ADDRESS_TIME = 5.0  # for one address of a name, as long as others remain
 _IDLE_LIMIT = 4.0  # that a connection may have been idle: servers and proxies close theirs after 5 s or more
 _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # dead after 60 s
-_TIMER_SLACK = 0.002  # by which a timer may ring early; a deadline as near as that counts as passed
+# A timer may ring early, by the clock's resolution; a deadline as near as that counts as passed.
+_TIMER_SLACK = max(0.002, time.get_clock_info("monotonic").resolution)
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
 _GRACE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
@@ -662,14 +664,23 @@ def _content(name: str, content: Any) -> memoryview | IO[bytes]:
     return content  # type: ignore[no-any-return]  # something with read()
 
 
+_CANNOT_TELL = (AttributeError, NotImplementedError, OSError, TypeError, ValueError)  # where a file stands
+
+
 def _size(content: memoryview | IO[bytes]) -> int | None:
     """Return the content's size in bytes; None for a file that cannot be rewound."""
     if isinstance(content, memoryview):
         return len(content)
     try:
+        start = content.tell()
+    except _CANNOT_TELL:
+        return None
+    try:
         content.seek(0, os.SEEK_END)
         return content.tell()
-    except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
+    except _CANNOT_TELL:
+        if content.tell() != start:
+            content.seek(start)
         return None
 
 
@@ -679,7 +690,7 @@ def _local_path(name: str, path: Any) -> Path:
     if not text or "\0" in text:
         what = "has a NUL character in it" if text else "is empty; write '.' for the current folder"
         raise BoxerValidationError(f"{name} {what}")
-    return Path(path)
+    return Path(str.__str__(text))  # before Python 3.12, Path takes the str() of a subclass, such as an Enum's
 
 
 def _resolved(path: Path) -> Path:
@@ -930,6 +941,9 @@ class _Multipart:
         self.can_be_sent = True  # False once content that cannot be rewound was read from
         self.is_in_memory = isinstance(self._content, memoryview)
 
+    def __len__(self) -> int:  # what instruments urllib asks for it
+        return self.length or 0
+
     def pieces(self) -> Iterator[_Piece]:
         """Yield the body without its `end`; content is first read for the second piece."""
         if not self.can_be_sent:
@@ -1006,10 +1020,12 @@ class _Plan:
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        doubtful = [[path] for path in set(self.begun).difference(self.uploaded)]
-        for paths in [*doubtful, self.uploaded]:  # a run that names a path that is not there removes nothing
-            if paths:
-                yield RunRequest(self.run.image, ["true"], files=[*paths, *_folders_of(paths)])
+        groups = [[*self.uploaded, *_folders_of(self.uploaded)]]
+        for path in set(self.begun).difference(self.uploaded):  # a run that names what is not there removes nothing
+            folders = _folders_of([path])
+            groups[:0] = [path, *folders], folders
+        for paths in filter(None, groups):
+            yield RunRequest(self.run.image, ["true"], files=paths)
 
 
 def _folders_of(paths: Iterable[str]) -> list[str]:
@@ -1044,7 +1060,7 @@ class _Head(NamedTuple):
 class _Response:
     """A final response: its head, and as much of its content as was wanted.
 
-    `code`, `msg`, `headers` and `info()` are what urllib's handlers look for.
+    `code`, `getcode()`, `msg`, `headers` and `info()` are what urllib's handlers, and what wraps them, look for.
     """
 
     is_cut = False  # the content was longer than its limit
@@ -1056,6 +1072,9 @@ class _Response:
         self.is_success = 200 <= head.code < 300
         self.coding = head.fields.get("content-encoding", "").lower() or "identity"
         self.is_whole_file = head.code == 200 and self.coding == "identity"
+
+    def getcode(self) -> int:
+        return self.code
 
     def info(self) -> email.message.Message:
         message = email.message.Message()
@@ -1139,7 +1158,8 @@ def _checked(response: _Response) -> _Response:
         message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
     if response.is_cut:
-        raise BoxerAPIError(f"the answer is longer than the {_ANSWER_LIMIT >> 20} MiB that are taken", response.code)
+        what = f"{_ANSWER_LIMIT >> 20} MiB, or all outputs together"
+        raise BoxerAPIError(f"the answer is longer than is taken into memory ({what})", response.code)
     return response
 
 
@@ -1442,6 +1462,7 @@ class _Call:
     thread: int = field(default_factory=threading.get_ident)
     was_sent: bool = False  # some of the request, at any try
     tries: int = 0  # exchanges that have begun, for the log
+    failure: Optional[BoxerError] = None  # of the last exchange; set by the handler of an opener
 
     def check(self, peer: str) -> None:
         """Raise the right error if the call was cancelled, or its deadline has passed."""
@@ -1956,7 +1977,7 @@ def _system_errors() -> Iterator[None]:
     except OSError as error:
         if not _is_system_error(error):
             raise
-        raise _ConnectionEnd(error) from error
+        raise _ConnectionEnd(error.with_traceback(None)) from error  # whose frames would keep what was sent
 
 
 def _is_system_error(error: OSError) -> bool:
@@ -1973,8 +1994,8 @@ def _is_ours(error: BaseException) -> bool:
     """
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)}
     others = {name.partition(".")[0] for name in modules - {__name__}}
-    files = {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
-    return others <= {"asyncio", "concurrent", "contextlib", "gevent", "socket", "ssl", "urllib", "uvloop", *files}
+    waiting = {"asyncio", "concurrent", "contextlib", "gevent", "socket", "ssl", "urllib", "uvloop", "winloop"}
+    return others <= waiting | {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
 
 
 class _Pool:
@@ -2316,7 +2337,8 @@ class _Client:
             if run.outputs:
                 raise BoxerValidationError("outputs and output_dir exclude each other: the latter fetches everything")
             _check_shell_names(run.env)
-            _local_path("output_dir", output_dir).mkdir(parents=True, exist_ok=True)
+            output_dir = _local_path("output_dir", output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
         contents = run.files.values() if isinstance(run.files, dict) else ()
         is_in_memory = all(isinstance(content, _IN_MEMORY) for content in contents)
         make_plan: Callable[[], _Plan] = functools.partial(_Plan, run, run.outputs is True or output_dir is not None)
@@ -2327,7 +2349,9 @@ class _Client:
                 raise plan.failure  # noqa: TRY301 - the same is to be done after any error
             result = await self._exchange(_run_request(plan.run), _run_result, options)
         except Exception as error:
-            if not _may_be_in_use(error):
+            is_cancelled = error is not plan.failure and not _is_ours(error)  # by a signal handler, say
+            plan.failure = None  # its frames hold the plan
+            if not is_cancelled and not _may_be_in_use(error):
                 await self._remove(plan, options)
             raise
         if not plan.server_removes:
@@ -2367,8 +2391,9 @@ class _Client:
     async def _fetch_outputs(
         self, result: RunResult, plan: _Plan, output_dir: _LocalPath | None, options: _Options
     ) -> None:
-        names, left = plan.outputs, _ANSWER_LIMIT
+        names, left = plan.outputs, math.inf
         if plan.list_name:
+            left = _ANSWER_LIMIT
             request = _download_request(result.output_path(plan.list_name), limit=_LIST_LIMIT)
             names = await self._exchange(request, _listed_names, options)
         for name in names:
@@ -2460,7 +2485,6 @@ class _Workers:
     next_done: Callable[[], Awaitable[_Job]]  # wait for the next one that is done
     cancel: Callable[[], None]  # the calls that are going on
     end: Callable[[], Awaitable[None]]  # cancel them, and wait until they have ended
-    failures: Any  # the exceptions that `_each` is to raise
 
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         self.count = count
@@ -2471,7 +2495,9 @@ class _Workers:
     async def _do(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         try:
             job.result = await function(*args)
-        except self.failures as error:
+        except GeneratorExit:  # the event loop has ended, and nobody waits for the job
+            raise
+        except BaseException as error:  # noqa: BLE001 - `_each` raises it
             job.error = error
         job.is_done = True
         self._done.put_nowait(job)
@@ -2501,11 +2527,11 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
             for job in list(started):
                 if job.is_done and job.error is None:
                     del started[job]
-                    yield job.item, job.result
+                    yield job.item, vars(job).pop("result")  # an error keeps frames, and those keep the job
                 elif is_ordered and done.error is None:
                     break
             if done.error is not None:
-                raise done.error
+                raise vars(done).pop("error")
     finally:
         await workers.end()
 
@@ -2558,7 +2584,8 @@ class _SyncConnection(_Connection):
             is_done = self._loss is None and _wait_for(sock.fileno(), "w", max(0.001, seconds))
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if is_done else errno.ETIMEDOUT
         if code or self._loss is not None:
-            raise _ConnectionEnd(self._loss or OSError(code, os.strerror(code)))
+            text = getattr(socket, "errorTab", {}).get(code) or os.strerror(code)  # Windows has a table of its own
+            raise _ConnectionEnd(self._loss or OSError(code, text))
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         with _system_errors():
@@ -2592,7 +2619,8 @@ class _SyncConnection(_Connection):
         """Send as much as the system takes; return what `_wait` must wait for, besides "r", before more can be sent."""
         try:
             while self._unsent and self._loss is None:
-                sent = self._socket.send(self._unsent)
+                # A call that sends several TLS records tells nothing of those before one that fails.
+                sent = self._socket.send(self._unsent[:_TLS_RECORD_SIZE] if self.is_tls else self._unsent)
                 self.sent += sent
                 self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
         except OSError as error:
@@ -2600,7 +2628,7 @@ class _SyncConnection(_Connection):
                 raise
             if isinstance(error, _WOULD_BLOCK):
                 return "" if isinstance(error, ssl.SSLWantReadError) else "w"  # "": TLS must receive before it can send
-            self._loss = self._loss or error
+            self._loss = self._loss or error.with_traceback(None)
         return ""
 
     async def drain(self) -> bytes:
@@ -2628,7 +2656,8 @@ class _SyncConnection(_Connection):
                 raise
             if isinstance(error, _WOULD_BLOCK) and self._loss is None:
                 return b""
-            self._loss = self._loss or error  # if it was lost before, nothing more arrives than has
+            # If it was lost before, nothing more arrives than has.
+            self._loss = self._loss or error.with_traceback(None)
             raise _ConnectionEnd(self._loss) from error
         if not data:
             raise _ConnectionEnd(self._loss)
@@ -2708,8 +2737,6 @@ class _SyncWorkers(_Workers):
     written in Python: an interrupt at the wrong moment leaves one taken, and the call would never end.
     """
 
-    failures = BaseException
-
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         super().__init__(function, count)
         self._threads: list[threading.Thread] = []
@@ -2773,7 +2800,7 @@ class _OpenerRequest(urllib.request.Request):
         request = call.request
         super().__init__(origin.url + request.target, method=request.method)
         self.host = origin.authority  # again, since urllib decodes it, and with it the zone of an IPv6 address
-        self.data: Any = request.body or None
+        self.data: Any = request.body if request.method == "POST" else None
         self.headers = {**origin.fields, **request.headers}
         if origin.proxy is not None:
             self.set_proxy(origin.proxy, "http")
@@ -2799,11 +2826,15 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
         route = _Route(request.type, request.host, tunnel, authorization, self._authority)
-        body = request.data or b""
+        body = b"" if request.data is None else request.data
         if isinstance(body, bytes) and body:  # urllib drops the length when a handler sets other content
             fields.setdefault("Content-length", str(len(body)))
         head = _encoded_head(request.get_method(), request.selector, fields)
-        return _run_to_completion(self._pool.exchange(route, head, body, request.call))
+        try:
+            return _run_to_completion(self._pool.exchange(route, head, body, request.call))
+        except BoxerError as error:
+            request.call.failure = error if _is_ours(error) else None
+            raise
 
     https_open = http_open
 
@@ -2977,7 +3008,7 @@ class BoxerClient(_Client):
         finished, and raises BoxerConnectionError. What `requests` raises is raised, too. A local file that cannot be
         read is a BoxerError of its run, with the OSError as `__cause__`.
         """
-        results = self._run_many(iter(requests), concurrency, ordered, self._options(timeout, retries))
+        results = self._run_many(_as_async(iter(requests)), concurrency, ordered, self._options(timeout, retries))
         return _blocking_iterator(results)
 
     def upload_file(
@@ -3056,6 +3087,11 @@ class BoxerClient(_Client):
             response = error
         except urllib.error.URLError as error:
             raise BoxerConnectionError(f"{self._origin.authority}: {error.reason}") from error
+        except BoxerError as error:
+            is_ours, call.failure = error is call.failure, None
+            if is_ours:  # forget the frames of what wraps the opener, which `_is_ours` would take for a user's
+                error.with_traceback(None)
+            raise error  # noqa: TRY201 - from Python 3.11 on, a bare `raise` brings the frames back
         if isinstance(response, _Response):
             return response
         adopted, sink = _from_urllib(response, self._origin.authority), call.request.sink
@@ -3102,6 +3138,8 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        if self.sock is not None:  # of TCP, the system has taken everything if `can_take_more`
+            self.transport.set_write_buffer_limits(0)
         self.writer = asyncio.StreamWriter(self.transport, self, self.reader, asyncio.get_running_loop())
         super().connection_made(transport)
 
@@ -3113,7 +3151,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def eof_received(self) -> bool | None:
         self.has_ended = True
         self.change.set()
-        return super().eof_received()
+        return super().eof_received() and self.transport is not None  # before it is made, TLS takes no True
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
@@ -3187,7 +3225,7 @@ class _AsyncConnection(_Connection):
             # Looked at in the same turn of the loop as TLS is begun, which never hears of an end that came before it.
             if self._tcp.unread:
                 raise ssl.SSLError(1, "the server did not wait for TLS to begin")
-            if self._tcp.has_ended:
+            if self._tcp.has_ended or tcp.is_closing():
                 raise self._tcp.loss or ConnectionAbortedError("the connection was closed")
             transport = await self._loop.start_tls(
                 tcp, protocol, context, server_hostname=host, ssl_handshake_timeout=_LONGEST_WAIT
@@ -3227,11 +3265,9 @@ class _AsyncConnection(_Connection):
             self.sent += len(data)
 
     def is_all_sent(self) -> bool:
-        if self._send_failed or not self._protocol.can_take_more:
-            return False
-        # A closing transport says that its buffer is empty; if it was full before, `can_take_more` still tells.
         transports = (self._tcp.transport, self._protocol.transport)
-        return self._tcp.transport.is_closing() or not any(each.get_write_buffer_size() for each in transports)
+        is_taken = self._protocol.can_take_more and not any(each.get_write_buffer_size() for each in transports)
+        return is_taken and not self._send_failed
 
     async def drain(self) -> bytes:
         while not self._protocol.can_take_more and not self._has_arrived:
@@ -3264,15 +3300,17 @@ class _AsyncConnection(_Connection):
             self._stop_timer()
             self._timer = self._loop.call_later(left, self._ring)
 
-    def _ring(self) -> None:
-        """Abort the connection at the deadline, but not before a busy loop has read what had arrived by then."""
+    def _ring(self, turns: int = 4) -> None:
+        """Abort the connection at the deadline, but not before a busy loop has handled what had happened by then."""
         self._timer = None
         if self.call is not None:  # else the connection is idle
             left = self.call.deadline.left
-            if left <= 0 and self.is_quiet():
-                self.abort()
-            else:
+            if left > 0 or not self.is_quiet():
                 self._timer = self._loop.call_later(max(0.0, left), self._ring)
+            elif turns:
+                self._timer = self._loop.call_later(0, self._ring, turns - 1)
+            else:
+                self.abort()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -3285,9 +3323,10 @@ class _AsyncConnection(_Connection):
             if protocol.transport is not None:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed
                     protocol.transport.abort()
-        if self._tcp.sock is not None:  # the loop closes it later, or not at all; a forked child may have it by then
-            with contextlib.suppress(OSError):
-                self._tcp.sock.shutdown(socket.SHUT_RDWR)
+        if self._tcp.sock is not None:  # the loop closes it later, or not at all
+            if hasattr(os, "fork"):  # pragma: no branch - a child may have it by then
+                with contextlib.suppress(OSError):
+                    self._tcp.sock.shutdown(socket.SHUT_RDWR)
             if self._loop.is_closed():
                 self._tcp.sock.close()
 
@@ -3330,7 +3369,7 @@ async def _within(
     if not done:
         interrupt()
         await asyncio.wait((task,))
-    if not done or task.cancelled() or call.cancellation.reason is not None:
+    if not done or call.cancellation.reason is not None:
         raise _ConnectionEnd(TimeoutError("timed out"))
     result, failure = task.result()
     if failure is not None:
@@ -3356,13 +3395,19 @@ async def _in_thread(call: _Call, peer: str, function: Callable[..., _T], *args:
     async def do() -> _T:  # a coroutine turns StopIteration, which no future can hold, into RuntimeError
         return function(*args)
 
+    def do_all() -> tuple[Optional[_T], Optional[Exception]]:
+        return _run_to_completion(_outcome(do))  # no error leaves the thread itself, as none leaves a task
+
     if not threading.main_thread().is_alive():
         return await do()  # pragma: no cover - coverage is not measured any more by then
     try:
-        return await _within(call.deadline.left, lambda: asyncio.to_thread(lambda: _run_to_completion(do())), call)
+        result, failure = await _within(call.deadline.left, lambda: asyncio.to_thread(do_all), call)
     except _ConnectionEnd as end:
         call.check(peer)
         raise BoxerConnectionError(f"{peer}: {end.loss}") from end  # pragma: no cover - nothing else ends it
+    if failure is not None:
+        raise failure
+    return cast("_T", result)
 
 
 class _AsyncEvent:
@@ -3440,8 +3485,6 @@ class _AsyncPool(_Pool):
 
 class _AsyncWorkers(_Workers):
     """Calls in tasks."""
-
-    failures = (Exception, asyncio.CancelledError)  # what else ends a task ends its loop
 
     def fetch(self, source: AsyncIterator[Any]) -> _Job:
         return self._begin(_Job(), source.__anext__)

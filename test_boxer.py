@@ -1519,6 +1519,7 @@ import array
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextvars
 import copy
 import datetime as dt
@@ -4251,6 +4252,36 @@ def file_at_three(make: Callable[..., Any], content: bytes, **settings: Any) -> 
     return file
 
 
+class NoTell:
+    """A file that can be moved, and not asked where it stands."""
+
+    def __init__(self, content: bytes) -> None:
+        self._file = io.BytesIO(content)
+        self.read, self.seek = self._file.read, self._file.seek
+
+
+class NoEnd(io.BytesIO):
+    """A file that fails after it has moved to its end."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = super().seek(offset, whence)
+        if whence == os.SEEK_END:
+            raise OSError("there is no end")
+        return position
+
+
+@pytest.mark.parametrize("kind", [NoTell, NoEnd])
+@pytest.mark.parametrize("in_mapping", [False, True], ids=["upload_file", "files="])
+def test_a_file_that_cannot_tell_its_size_is_uploaded_whole(client_of: Clients, kind: Any, in_mapping: bool) -> None:
+    with Host(lambda request: [STORED] if "/files" in request.line else [RAN]) as host:
+        client = client_of(host.url)
+        if in_mapping:
+            client.run("image", ["true"], files={"a": kind(b"all of it")})
+        else:
+            client.upload_file("a", kind(b"all of it"))
+        assert b"\r\n\r\nall of it\r\n--" in host.seen[0].content
+
+
 class Streaming(Unseekable):
     """Content that cannot be rewound and says so by a ValueError, as the files of fsspec do."""
 
@@ -4619,7 +4650,7 @@ REFUSED: list[tuple[str, type[Exception], str, str, Sequence[Any]]] = [
     ("run", INVALID, "image is empty; name one", "image", ["", " \n"]),
     ("run", TypeError, "image must be str", "image", [None, 5, b"i"]),
     ("run", INVALID, "cmd is empty; give the program", "cmd", [[], (), [""], ["", "x"]]),
-    ("run", INVALID, "cmd must be a list of strings, not one string: write ['sh', '-c', 'echo hi']", "cmd", ["echo hi"]),
+    ("run", INVALID, "cmd must be a list of strings, not one string: write ['sh', '-c',", "cmd", ["echo hi"]),
     ("run", TypeError, "cmd", "cmd", [None, 5, b"c", {"c": 1}, ["c", 5], [b"c"]]),
     ("run", INVALID, "env must be a list of strings, not one string: write ['NAME=value']", "env", ["A=b"]),
     ("run", INVALID, "is not of the form NAME=value", "env", [["A"], ["A=b", "=c"], {"": "x"}]),
@@ -6848,6 +6879,43 @@ def test_an_answer_that_comes_with_the_end_of_the_handshake_is_not_left_lying(
         assert is_expected(outcome(client, RUN_IT), refusal(503, "too many"))
 
 
+def test_a_request_that_was_lost_within_tls_was_sent(client_of: Clients, ca: trustme.CA) -> None:
+    def read_some(sock: Any) -> None:
+        size = 0
+        while size < 300_000:
+            size += len(sock.recv(65536))
+
+    with Peer([[read_some, Do.RST]], context=serving(ca, "127.0.0.1")) as peer:
+        got = outcome(client_of(peer.url, ssl_context=trusting(ca)), BIG_RUN)
+    assert is_expected(got, lost()) and got.request_sent and peer.connections == 1
+
+
+def test_a_server_that_ends_tls_as_soon_as_it_has_begun_leaves_no_warning(
+    client_of: Clients, ca: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = serving(ca, "127.0.0.1")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # the server has the last word
+
+    def end(sock: Any) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls, is_begun = context.wrap_bio(incoming, outgoing, server_side=True), False
+        while not is_begun:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                is_begun = True
+            if not is_begun:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+        sock.sendall(outgoing.read())
+
+    with Peer([[end, Do.DRAIN]]) as peer:
+        client = client_of(peer.url.replace("http", "https"), ssl_context=trusting(ca), retries=0)
+        assert isinstance(outcome(client, RUN_IT), BoxerConnectionError)
+    assert not caplog.records
+
+
 def test_a_client_may_have_a_certificate(client_of: Clients, ca: trustme.CA) -> None:
     private = trustme.CA()
     context = serving(ca, clients=private)
@@ -6910,6 +6978,27 @@ def test_a_certificate_has_to_be_of_the_address_that_is_in_the_url(
         assert client_of(peer.url, ssl_context=trusting(ca)).run("image", ["true"]) == RESULT
     with Peer([[]], host=address, context=serving(ca, other)) as peer:
         assert is_expected(outcome(client_of(peer.url, ssl_context=trusting(ca)), RUN_IT), lost("TLS failed"))
+
+
+def test_a_client_that_is_closed_as_tls_begins_leaves_no_timer(ca: trustme.CA) -> None:
+    async def close_after(turns: int) -> None:
+        client = AsyncBoxerClient(host.url.replace("http", "https"), ssl_context=trusting(ca), retries=0)
+        call = asyncio.ensure_future(client.health())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.aclose()
+        assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], (BoxerError, RuntimeError))
+
+    async def main() -> list[Any]:
+        for turns in range(20):
+            await close_after(turns)
+        gc.collect()
+        in_an_hour = asyncio.get_running_loop().time() + 3600
+        timers = [each for each in gc.get_objects() if isinstance(each, asyncio.TimerHandle) and not each.cancelled()]
+        return [timer for timer in timers if timer.when() > in_an_hour]
+
+    with Frail(lambda _: [WELL], inside=serving(ca, "127.0.0.1")) as host:
+        assert asyncio.run(main()) == []
 
 
 def test_a_context_of_a_server_is_a_connection_error(client_of: Clients, ca: trustme.CA) -> None:
@@ -7781,10 +7870,12 @@ def test_what_keeps_moving_outlives_its_timeout(client_of: Clients, clock: Clock
 class Narrow(socket.socket):
     """A socket with next to no buffer."""
 
+    size = 16 * 1024
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            self.setsockopt(socket.SOL_SOCKET, option, 16 * 1024)
+            self.setsockopt(socket.SOL_SOCKET, option, self.size)
 
 
 def test_an_upload_that_is_taken_slowly_but_steadily_outlives_its_timeout(
@@ -7801,6 +7892,19 @@ def test_an_upload_that_is_taken_slowly_but_steadily_outlives_its_timeout(
 
     with Peer([[take, STORED]]) as peer:
         client_of(peer.url, timeout=2).upload_file("a", bytes(MIB + MIB // 4))
+
+
+@pytest.mark.parametrize("size", [30_000, 60_000, 120_000])
+def test_success_is_not_taken_for_granted_while_some_of_a_run_is_unsent(
+    client_of: Clients, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    class Narrowest(Narrow):
+        size = 2048
+
+    monkeypatch.setattr(socket, "socket", Narrowest)
+    with Peer([[Do.HEAD, RAN, Do.RST]]) as peer:
+        got = outcome(client_of(peer.url), run(env={"BIG": "x" * size}))
+    assert isinstance(got, BoxerConnectionError), got
 
 
 # What has arrived by the deadline, and what has not
@@ -7825,6 +7929,46 @@ def is_all_delivered(sock: socket.socket) -> bool:
 
 
 has_sockets_to_see = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not show sockets")
+
+
+@has_sockets_to_see
+def test_content_that_was_taken_by_the_deadline_counts(client_of: Clients, clock: Clock, ringing: Ringing) -> None:
+    """It is taken while the program does something else, until past the deadline."""
+    is_full, is_busy, is_taken = threading.Event(), threading.Event(), threading.Event()
+
+    def be_busy() -> None:
+        is_busy.set()
+        assert is_taken.wait(30)
+        clock.ahead += 1000
+
+    def take(sock: Any) -> None:
+        for own in sockets_to(peer.port):
+            assert settles(lambda: not select.select([], [own], [], 0)[1])  # noqa: B023 - there is one
+            if client_of.kind == "sync":
+                ringing.action = be_busy
+                ringing.start()
+            is_full.set()
+            assert is_busy.wait(30)
+            while select.select([sock], [], [], 0)[0] or not is_all_delivered(own):
+                sock.recv(MIB)
+            is_taken.set()
+            assert sock.recv(MIB), "the client did not go on"
+
+    async def main(client: AsyncBoxerClient) -> None:
+        call = asyncio.ensure_future(client.upload_file("a.txt", bytes(64 * MIB)))
+        await asyncio.get_running_loop().run_in_executor(None, is_full.wait, 30)
+        be_busy()
+        await call
+
+    with Peer([[take, failing("400 Bad Request"), Do.DRAIN]]) as peer:
+        client = client_of(peer.url)
+        if client_of.kind == "sync":
+            got = outcome(client, LARGE)
+        else:
+            with pytest.raises(BoxerError) as caught:
+                client.loop.run_until_complete(main(client.client))
+            got = caught.value
+    assert is_expected(got, refusal(400))  # and no word of time
 
 
 @has_sockets_to_see
@@ -9685,6 +9829,8 @@ LEAVINGS: list[tuple[str, dict[str, Any], Any]] = [
     ("binary input", {"cmd": ["wc"], "input": b"\0", "files": {}}, None),
     ("long input and a time limit",
      {"cmd": ["sleep", "20"], "input": b"\0", "files": {}, "limits": {"wall_clock_secs": 1}}, BoxerTimeoutError),
+    ("a name that the server cannot take",
+     {"cmd": ["true"], "files": {"a/" + 300 * "b": b"", "c": b""}}, BoxerAPIError),
     ("a folder that cannot be made",
      {"cmd": ["true"], "files": {"a": b""}, "cwd": "/tmp/new"}, None),
 ]  # fmt: skip
@@ -9808,6 +9954,7 @@ def test_where_an_upload_fails_the_run_is_not_sent_and_what_may_be_stored_is_rem
         got = outcome(client, ("run", ("image", ["prog"]), {"files": files}))
         assert is_expected(got, refusal(int(status[:3])))
     named = [[path, path[:-2]] for path in uploaded_to(host)]
+    named.append(named[0][1:])  # the server may have made the folder, and not the file
     assert sorted((run["cmd"], run["files"]) for run in runs_of(host)) == [(["true"], paths) for paths in sorted(named)]
 
 
@@ -9849,6 +9996,48 @@ def test_what_was_sent_is_not_kept_in_memory(client_of: Clients) -> None:
         finally:
             tracemalloc.stop()
             gc.enable()
+
+
+@pytest.mark.parametrize("how", ["upload_file", "run", "run_many"])
+@pytest.mark.parametrize("end", ["refused", "reset", "413", "400"])
+def test_what_a_failed_call_was_given_is_not_kept_for_the_garbage_collector(
+    client_of: Clients, clock: Clock, how: str, end: str
+) -> None:
+    content = bytearray(MIB)
+
+    def respond(request: Received) -> list[Any]:
+        if "/files" in request.line and end == "400":
+            return [STORED]
+        return [Do.RST] if end == "reset" else [failing(f"{end} No")]
+
+    def call_blocking(client: BoxerClient) -> None:
+        with contextlib.suppress(BoxerError):
+            if how == "run_many":
+                list(client.run_many([RunRequest("image", ["prog"], files={"a": content})]))
+            else:
+                do(client, calls[how])
+
+    async def call_async(client: AsyncBoxerClient) -> None:
+        with contextlib.suppress(BoxerError):
+            if how == "run_many":
+                assert [each async for each in client.run_many([RunRequest("image", ["prog"], files={"a": content})])]
+            else:
+                await do(client, calls[how])
+        for _ in range(5):
+            await asyncio.sleep(0)  # the loop closes what is closing
+
+    calls: dict[str, Call] = {"upload_file": upload(content), "run": run(files={"a": content})}
+    gc.disable()
+    try:
+        with Frail(respond) as host:
+            client = client_of(refused_url() if end == "refused" else host.url, retries=0)
+            if client_of.kind == "sync":
+                call_blocking(client)
+            else:
+                client_of.loop.run_until_complete(call_async(client.client))
+            content.append(0)  # which fails while a view of it is kept
+    finally:
+        gc.enable()
 
 
 class Short(RunRequest):
@@ -11116,6 +11305,50 @@ def test_a_local_file_that_cannot_be_read_is_the_error_of_its_run_alone(client_o
     assert isinstance(second.__cause__, FileNotFoundError)
 
 
+def test_it_is_its_run_s_alone_where_threads_are_instrumented(
+    client_of: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def submit_and_trace(self: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return submit(self, lambda: function(*args, **kwargs))
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_trace)
+    requests = [RunRequest("i", ["a"], files={"a": tmp_path / "missing"}), RunRequest("i", ["a"])]
+    with Host(lambda _: [RAN]) as host:
+        first, second = (got for _, got in iterate(client_of(host.url), requests))
+    assert isinstance(first.__cause__, FileNotFoundError) and second == RESULT
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("mine"), concurrent.futures.TimeoutError("mine"), concurrent.futures.CancelledError("mine")]
+)
+@pytest.mark.parametrize("is_upload", [True, False], ids=["upload", "download"])
+def test_what_a_file_raises_leaves_a_thread_as_it_is(client_of: Clients, error: Exception, is_upload: bool) -> None:
+    def fail(given: Any) -> bytes:
+        if given:
+            raise error
+        return b""
+
+    file: Any = OnlyReads(fail)
+    file.write = fail
+    with Frail(lambda request: [STORED] if request.line.startswith("POST") else [answer(b"content")]) as host:
+        client = client_of(host.url, timeout=60)
+        with pytest.raises(type(error)) as caught:
+            client.upload_file("a", file) if is_upload else client.download_path("a", file)
+    assert caught.value is error
+
+
+def test_a_file_may_raise_asyncio_s_cancelled_error(client_of: Clients) -> None:
+    def fail(size: int) -> bytes:
+        if size:
+            raise asyncio.CancelledError
+        return b""
+
+    with Frail(lambda _: [STORED]) as host, pytest.raises(asyncio.CancelledError):
+        client_of(host.url, timeout=60).upload_file("a", OnlyReads(fail))
+
+
 def test_what_a_file_of_the_caller_raises_is_raised_by_many_runs(client_of: Clients) -> None:
     class Odd(io.BytesIO):
         def read(self, _: int | None = -1) -> bytes:
@@ -11124,6 +11357,45 @@ def test_what_a_file_of_the_caller_raises_is_raised_by_many_runs(client_of: Clie
     requests = [RunRequest("i", ["a"]), RunRequest("i", ["a"], files={"a": Odd()})]
     with Host(lambda _: [RAN]) as host, pytest.raises(OSError, match="the caller's own"):
         list(iterate(client_of(host.url), requests, concurrency=1))
+
+
+class NoError(BaseException):
+    """What some libraries raise where nothing is wrong, as pytest does to skip a test."""
+
+
+@pytest.mark.parametrize("where", ["the source", "a file of a run", "one of several files"])
+def test_what_is_no_exception_of_the_caller_s_is_raised_too(client_of: Clients, where: str) -> None:
+    def fail(size: int) -> bytes:
+        if size:
+            raise NoError
+        return b""
+
+    def source() -> Iterator[RunRequest]:
+        yield RunRequest("i", ["a"])
+        raise NoError
+
+    def make_call(client: Any) -> None:
+        files: Any = {"a": OnlyReads(fail)}
+        if where == "one of several files":
+            client.run("i", ["a"], files={**files, "b": b"", "c": b""})
+        else:
+            list(iterate(client, source() if where == "the source" else [RunRequest("i", ["a"], files=files)]))
+
+    with Frail(lambda request: [STORED] if "/files" in request.line else [RAN]) as host, pytest.raises(NoError):
+        make_call(client_of(host.url))
+
+
+def test_a_source_may_be_of_both_kinds(client_of: Clients) -> None:
+    class Both:
+        def __iter__(self) -> Iterator[RunRequest]:
+            return numbered(3)
+
+        async def __aiter__(self) -> Any:
+            for request in numbered(3):
+                yield request
+
+    with Host(Echo()) as host:
+        assert [request.tag for request, _ in iterate(client_of(host.url), Both())] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "in order"])
@@ -11771,10 +12043,9 @@ def test_a_handler_may_send_no_request_of_its_own() -> None:
                 director.open(f"{request.type}://{request.host}/token")
             return request
 
-    with Peer([]) as peer, BoxerClient(peer.url, handlers=[Asking()]) as client:
-        with pytest.raises(TypeError, match="none of its own"):
-            client.health()
-    assert peer.connections == 0
+    client = BoxerClient(refused_url(), handlers=[Asking()])
+    with contextlib.closing(client), pytest.raises(TypeError, match="none of its own"):
+        client.health()
 
 
 class Elsewhere(urllib.request.BaseHandler):
@@ -11873,6 +12144,31 @@ def test_every_request_of_the_blocking_client_goes_through_an_opener(
             client.upload_path(folder)
         sent = [request.line.rpartition(" ")[0].replace(" ", f" {host.url}") for request in host.seen]
     assert sorted(opened) == sorted(sent) and len(sent) > 5
+
+
+def test_what_instruments_urllib_changes_nothing(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """OpenTelemetry and its like wrap every opener, and ask for what urllib's requests and responses have."""
+    open_, spans = urllib.request.OpenerDirector.open, list[Any]()
+
+    def open_and_trace(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        size = 0 if request.data is None else len(request.data)
+        response = open_(self, request, *args, **kwargs)
+        spans.append((size, response.getcode(), response.headers["Content-Length"]))
+        return response
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open_and_trace)
+    with Peer.answering(RAN, STORED, STORED, WELL) as peer, BoxerClient(peer.url) as client:
+        assert client.run("image", ["true"]) == RESULT
+        for content in (bytes(MIB), Unseekable(b"content")):
+            do(client, upload(content))
+        assert client.health()
+    bodies = [len(request.body) for request in peer.requests[0]]
+    assert [size for size, _, _ in spans] == [*bodies[:2], 0, 0]
+    assert {(code, length.isdecimal()) for _, code, length in spans} == {(200, True)}
+    url = refused_url()
+    with BoxerClient(url) as client:
+        assert is_expected(outcome(client, RUN_IT), lost(f"(POST {url}/run)"))
+    assert len(clock.pauses) == 2  # before two more tries
 
 
 def addinfourl(content: bytes, code: int = 200, **fields: str) -> urllib.response.addinfourl:
@@ -12118,6 +12414,20 @@ def test_what_another_client_raises_in_a_signal_handler_is_raised_while_a_run_s_
         ringing.action = lambda: other.run("image", ["true"])
         with pytest.raises(BoxerConnectionError, match=re.escape(elsewhere.partition("//")[2])):
             client.run("image", ["date"], files={"a": b""}, outputs=["b"])
+
+
+@ALARMS
+def test_what_a_signal_handler_raises_cancels_a_run_with_files(ringing: Ringing, kind: str) -> None:
+    is_over = threading.Event()
+
+    def respond(request: Received) -> list[Any]:
+        return [STORED] if "/files" in request.line else [ringing.start, lambda: is_over.wait(30)]
+
+    with Frail(respond) as host, BoxerClient(host.url) as client:
+        with raises_the_alarm(ringing, kind):
+            client.run("image", ["prog"], files={"a": b"", "b": b""})
+        is_over.set()
+    assert [run["cmd"] for run in runs_of(host)] == [["prog"]]
 
 
 @pytest.mark.parametrize("error", [BoxerConnectionError("mine", request_sent=False), BoxerAPIError("mine", 503)])
