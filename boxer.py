@@ -94,7 +94,6 @@ import fnmatch
 import functools
 import html
 import http.client
-import inspect
 import io
 import ipaddress
 import json
@@ -616,17 +615,8 @@ def _excerpt(output: str) -> str:
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_awaitable(value: Any) -> None:
-    """Refuse an asynchronous file, by what its method has returned."""
-    if inspect.isawaitable(value):
-        if inspect.iscoroutine(value):
-            value.close()  # a coroutine that is never awaited would warn
-        raise TypeError("this is an asynchronous file; give an ordinary one, or the bytes themselves")
-
-
 def _read(file: Any, size: int) -> bytes:
     piece = file.read(size)
-    _refuse_awaitable(piece)
     if not isinstance(piece, bytes):
         raise TypeError(f"content must be a binary file, opened with mode 'rb': its read() gave {type(piece).__name__}")
     return piece
@@ -788,7 +778,6 @@ class _Sink:
         self.length = math.inf  # of the content in bytes; set once the response says it
         try:
             self._start = file.tell()
-            _refuse_awaitable(self._start)
             file.seek(self._start)
             _ = file.truncate  # which a rewind needs
         except (AttributeError, OSError, ValueError):
@@ -810,7 +799,6 @@ class _Sink:
             if self.is_abandoned:
                 raise BoxerError("the call has ended meanwhile")
             size = self._file.write(content)
-            _refuse_awaitable(size)
             if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
                 raise BlockingIOError("the file that the download is written to takes nothing more")
             size = len(content) if size is None else size  # a file without a buffer may take a part

@@ -5009,69 +5009,6 @@ def test_the_docstring_says_that_text_is_content_and_no_path(client_of: Clients)
     assert "upload_path" in (inspect.getdoc(client_of.cls.upload_file) or "")
 
 
-class AsyncFile:
-    """A file whose methods are coroutines, as that of aiofiles and Starlette's UploadFile."""
-
-    async def read(self, size: int = -1) -> bytes:
-        return b""
-
-    async def seek(self, offset: int, whence: int = 0) -> int:
-        return 0
-
-    async def tell(self) -> int:
-        return 0
-
-    async def write(self, content: bytes) -> int:
-        return len(content)
-
-
-class Awaiting:
-    """A file whose reads are awaitable, and no coroutines."""
-
-    def read(self, size: int = -1) -> Any:
-        return self
-
-    def __await__(self) -> Iterator[None]:
-        yield
-
-
-class Passing:
-    """Passes everything on to another file, as wrappers do."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-@pytest.mark.parametrize("make", [AsyncFile, Awaiting, lambda: Passing(AsyncFile())])
-def test_an_asynchronous_file_is_refused_as_what_it_is(client_of: Clients, make: Callable[[], Any]) -> None:
-    with Peer([]) as peer, warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        client = client_of(peer.url)
-        with pytest.raises(TypeError, match="async"):
-            client.upload_file("a", make())
-        if hasattr(make(), "write"):
-            with pytest.raises(TypeError, match="async"):
-                client.download_path("a", make())
-        gc.collect()
-    assert [str(warning.message) for warning in warned] == []
-    assert peer.connections == 0
-
-
-class AsyncWriter:
-    """An asynchronous file that does not tell where it stands."""
-
-    async def write(self, content: bytes) -> int:
-        return len(content)
-
-
-def test_an_asynchronous_file_that_only_writes_is_refused_as_well(client_of: Clients) -> None:
-    with Peer.answering(answer(b"content")) as peer, pytest.raises(TypeError, match="async"):
-        client_of(peer.url).download_path("a", AsyncWriter())
-
-
 def test_a_closed_file_is_an_error_of_its_own(client_of: Clients) -> None:
     for file in (io.BytesIO(b"x"), opened(b"content")):
         file.close()
