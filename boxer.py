@@ -593,16 +593,11 @@ class BoxerOutputLimitError(BoxerAPIError):
 
 _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
-# ECMA-48's control strings, control sequences, and other escapes.
-_ESCAPE = re.compile(
-    r"(?:\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c|\Z)"
-    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]"
-)
-
 
 def _printable(text: str, keep: str = "") -> str:
-    """Return text of a server or a program as a terminal can show it: without escapes, and with spaces for controls."""
-    return "".join([char if char.isprintable() or char in keep else " " for char in _ESCAPE.sub("", text)])
+    """Return text of a server or a program as a terminal can show it: without colours, and with spaces for controls."""
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
+    return "".join([char if char.isprintable() or char in keep else " " for char in text])
 
 
 def _excerpt(output: str) -> str:
