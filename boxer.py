@@ -1178,10 +1178,7 @@ def _reason(response: _Response) -> str:
     """Return what the server says for itself in an error, however it was sent, as one line of a sane length."""
     text = _server_error(response)
     if text is None:
-        media_type = response.fields.get("content-type", "")
-        latin = re.search(r"(?i)charset=\"?(iso-8859-1|latin-?1)\b", media_type)
-        text = response.content[: 8 * _REASON_SIZE].decode("latin-1" if latin else "utf-8", "replace")
-        text = text.lstrip("\ufeff")
+        text = response.content[: 8 * _REASON_SIZE].decode("utf-8", "replace").lstrip("\ufeff")
         if text.lstrip()[:1] == "<":
             text = html.unescape(re.sub(_MARKUP, " ", text))
         text = f"{_status(response)}: {text}" if text.strip() else _status(response)
