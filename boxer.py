@@ -203,7 +203,7 @@ _NAME_LIMIT = 64 * 1024  # bytes of the path of one of them
 _DEPTH_LIMIT = 64  # folders on the way to one of them, where they go into a local folder
 _LIST_LIMIT = 48 * 1024 * 1024  # bytes of a list of that many names
 _REASON_SIZE = 2_000  # characters of a server's reason that are worth showing
-_SHOWN_SIZE = 500  # characters of a program's output, or of its names, that a repr shows, and an error at either end
+_SHOWN_SIZE = 500  # characters of a program's output that a repr shows, and an error at either end
 
 # Of time, in seconds.
 _LONGEST_WAIT = 1_000_000.0  # that every operating system can be asked to wait for: 11 days
@@ -214,6 +214,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 5, "TCP_
 # A timer may ring early, by the clock's resolution; a deadline as near as that counts as passed.
 _TIMER_SLACK = max(0.002, time.get_clock_info("monotonic").resolution)
 _SHORTEST_PAUSE = 0.02  # between two looks whether the server is ready
+_LATE_TURNS = 4  # of an event loop, to handle what had happened by the deadline
 _GRACE_TIME = 2.0  # to receive, after the deadline, what had arrived before it
 _PROGRESS_DELAY = 0.5  # until work is long enough to show how far it is
 _PROGRESS_PAUSE = 0.1  # between two looks how far it is
@@ -273,8 +274,8 @@ class ResourceLimits:
         """Return the limits that are set, by their JSON names; they are checked again, since they can be changed."""
         return {
             name: _real_number(name, value) if name == "cpu_cores" else _whole_number(name, value)
-            for name, value in vars(self).items()
-            if value is not None
+            for name in ResourceLimits.__dataclass_fields__
+            if (value := getattr(self, name)) is not None
         }
 
 
@@ -323,12 +324,14 @@ class RunRequest:
     tag: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not _text("image", self.image).strip():
+        image = _text("image", self.image)
+        if not image.strip():
             raise BoxerValidationError("image is empty; name one, for instance 'python:3.12-slim'")
         command = _texts("cmd", self.cmd)
         if not command or not command[0]:
             raise BoxerValidationError("cmd is empty; give the program and its arguments, for instance ['echo', 'hi']")
         self.__dict__.update(  # bypasses the frozen dataclass's __setattr__
+            image=image,
             cmd=command,
             env=() if self.env is None else _environment(self.env),
             cwd=None if self.cwd is None else _text("cwd", self.cwd) or None,
@@ -351,11 +354,12 @@ def _text(name: str, value: Any) -> str:
     """Check a text: what it holds has to reach the server, and the program, as it is."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be str, not {type(value).__name__}")
-    if "\0" in value:
+    text: str = str.__str__(value)  # the text itself, where a subclass, such as an Enum's, has another str()
+    if "\0" in text:
         raise BoxerValidationError(f"{name} has a NUL character in it, at which programs cut text off")
-    if value.encode("utf-8", "replace").decode("utf-8") != value:
+    if text.encode("utf-8", "replace").decode("utf-8") != text:
         raise BoxerValidationError(f"{name} has a lone surrogate in it, which is no character")
-    return str.__str__(value)  # the text itself, where a subclass, such as an Enum's, has another str()
+    return text
 
 
 def _texts(name: str, values: Any) -> tuple[str, ...]:
@@ -595,7 +599,7 @@ _ERROR_OF_STATUS = {408: BoxerTimeoutError, 507: BoxerOutputLimitError}
 
 
 def _printable(text: str, keep: str = "") -> str:
-    """Return text of a server or a program as a terminal can show it: without colours, and with spaces for controls."""
+    """Return text without colours, and with a space for each character that no terminal should get."""
     text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
     return "".join([char if char.isprintable() or char in keep else " " for char in text])
 
@@ -679,7 +683,7 @@ def _local_path(name: str, path: Any) -> Path:
 
 
 def _resolved(path: Path) -> Path:
-    """Do what Path.resolve does, which raises RuntimeError for a loop of links before Python 3.13."""
+    """Return Path.resolve(), without its RuntimeError for a loop of links before Python 3.13."""
     return Path(os.path.realpath(path))
 
 
@@ -775,7 +779,7 @@ class _Sink:
             self._start = file.tell()
             file.seek(self._start)
             _ = file.truncate  # which a rewind needs
-        except (AttributeError, OSError, ValueError):
+        except _CANNOT_TELL:
             self._start = None
 
     @property
@@ -1003,11 +1007,11 @@ class _Plan:
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        groups = [[*self.uploaded, *_folders_of(self.uploaded)]]
-        for path in set(self.begun).difference(self.uploaded):  # a run that names what is not there removes nothing
-            folders = _folders_of([path])
-            groups[:0] = [path, *folders], folders
-        for paths in filter(None, groups):
+        uploaded, groups = set(self.uploaded), []
+        for path in self.begun:
+            if path not in uploaded:  # a run that names what is not there removes nothing: there may be folders alone
+                groups += [[path, *_folders_of([path])], _folders_of([path])]
+        for paths in filter(None, [*groups, [*self.uploaded, *_folders_of(self.uploaded)]]):
             yield RunRequest(self.run.image, ["true"], files=paths)
 
 
@@ -1020,9 +1024,10 @@ def _folders_of(paths: Iterable[str]) -> list[str]:
 def _short_text(value: str | bytes) -> str | None:
     """Return an input as text that can be an argument; None: it must be a file."""
     content = value.encode("utf-8") if isinstance(value, str) else value
+    if len(content) > _INPUT_LIMIT or b"\0" in content:
+        return None
     text = content.decode("utf-8", "replace")
-    is_text = text.encode("utf-8") == content and "\0" not in text
-    return text if is_text and len(content) <= _INPUT_LIMIT else None
+    return text if text.encode("utf-8") == content else None
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -1141,8 +1146,7 @@ def _checked(response: _Response) -> _Response:
         message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
     if response.is_cut:
-        what = f"{_ANSWER_LIMIT >> 20} MiB, or all outputs together"
-        raise BoxerAPIError(f"the answer is longer than is taken into memory ({what})", response.code)
+        raise BoxerAPIError("the answer is longer than is taken into memory", response.code)
     return response
 
 
@@ -1674,7 +1678,7 @@ class _Decoder:
             size = int(match[1], 16)
             yield from self._sized_content(size)
             if size:
-                yield from self._until(b"\r\n", 0, "a chunk")
+                yield from self._until(b"\r\n", 0, "what follows a chunk")
         self._at -= 2  # step back over the last chunk's CRLF, so that an empty trailer section also ends with CRLF CRLF
         section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
         _field_lines(section[2:].decode("latin-1"))  # nothing in it is of use, but it has to be well-formed
@@ -1691,8 +1695,9 @@ class _Decoder:
                 self._at += size + len(delimiter)
                 return data[:size]
             if len(data) == most:
-                raise _ProtocolError(f"{what} does not end within {limit} bytes")
-            if data.count(b"\n") > data.count(b"\r\n"):
+                raise _ProtocolError(f"{what} is longer than {limit} bytes")
+            last = data.rfind(b"\n")
+            if last >= 0 and data[last - 1 : last] != b"\r":  # an earlier one makes a line malformed
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
             yield
 
@@ -1957,7 +1962,8 @@ def _system_errors() -> Iterator[None]:
     except OSError as error:
         if not _is_system_error(error):
             raise
-        raise _ConnectionEnd(error.with_traceback(None)) from error  # whose frames would keep what was sent
+        # Without its frames, since the connection keeps it, and they would keep what was sent.
+        raise _ConnectionEnd(error.with_traceback(None)) from error
 
 
 def _is_system_error(error: OSError) -> bool:
@@ -2352,7 +2358,8 @@ class _Client:
             await self._upload(item, options)
             plan.uploaded.append(item[0])
         except Exception as error:
-            if _may_be_in_use(error):
+            is_known = _is_ours(error) or hasattr(item[1], "read")  # else a signal handler, say, cancels the call
+            if _may_be_in_use(error) or not is_known:
                 raise
             plan.failure = error
 
@@ -2371,9 +2378,8 @@ class _Client:
     async def _fetch_outputs(
         self, result: RunResult, plan: _Plan, output_dir: _LocalPath | None, options: _Options
     ) -> None:
-        names, left = plan.outputs, math.inf
+        names, left = plan.outputs, _ANSWER_LIMIT
         if plan.list_name:
-            left = _ANSWER_LIMIT
             request = _download_request(result.output_path(plan.list_name), limit=_LIST_LIMIT)
             names = await self._exchange(request, _listed_names, options)
         for name in names:
@@ -2466,6 +2472,8 @@ class _Workers:
     cancel: Callable[[], None]  # the calls that are going on
     end: Callable[[], Awaitable[None]]  # cancel them, and wait until they have ended
 
+    passed_on: tuple[type[BaseException], ...] = ()  # the exceptions that end an event loop, too, or come with its end
+
     def __init__(self, function: Callable[[Any, _Cancellation], Awaitable[Any]], count: int) -> None:
         self.count = count
         self._function = function
@@ -2475,12 +2483,14 @@ class _Workers:
     async def _do(self, job: _Job, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         try:
             job.result = await function(*args)
-        except GeneratorExit:  # the event loop has ended, and nobody waits for the job
-            raise
-        except BaseException as error:  # noqa: BLE001 - `_each` raises it
+        except BaseException as error:
             job.error = error
-        job.is_done = True
-        self._done.put_nowait(job)
+            if isinstance(error, self.passed_on):
+                raise
+        finally:
+            job.is_done = True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._done.put_nowait(job)
 
 
 async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerator[tuple[Any, Any], None]:
@@ -2507,7 +2517,8 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
             for job in list(started):
                 if job.is_done and job.error is None:
                     del started[job]
-                    yield job.item, vars(job).pop("result")  # an error keeps frames, and those keep the job
+                    result, job.result = job.result, None  # an error keeps frames, and those keep the job
+                    yield job.item, result
                 elif is_ordered and done.error is None:
                     break
             if done.error is not None:
@@ -2792,20 +2803,22 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     handler_order = 1000  # behind handlers that a user adds, any of which may answer in its place
 
-    def __init__(self, pool: _SyncPool, authority: str) -> None:
+    def __init__(self, pool: _SyncPool, origin: _Origin) -> None:
         self._pool = pool
-        self._authority = authority
+        self._origin = origin
 
     def http_open(self, request: _OpenerRequest) -> _Response:
         """Send a request as other handlers have left it."""
         if not isinstance(request, _OpenerRequest):
-            raise TypeError("a handler can change or answer a request, but make none of its own")
+            raise TypeError("a handler may change or answer a request, but must not send one of its own")
+        if request.type != self._origin.scheme:
+            raise BoxerValidationError("a handler has changed the scheme of a request")
         fields = {**request.headers, **request.unredirected_hdrs}
         if not all(map(str.isprintable, (request.selector, *fields, *fields.values()))):
             raise BoxerValidationError("a part of the request's head has a control character in it")
         tunnel = request._tunnel_host  # type: ignore[attr-defined]  # noqa: SLF001 - set_proxy() sets it
         authorization = fields.pop("Proxy-authorization", None) if tunnel else None  # the origin must not see it
-        route = _Route(request.type, request.host, tunnel, authorization, self._authority)
+        route = _Route(request.type, request.host, tunnel, authorization, self._origin.authority)
         body = b"" if request.data is None else request.data
         if isinstance(body, bytes) and body:  # urllib drops the length when a handler sets other content
             fields.setdefault("Content-length", str(len(body)))
@@ -2884,7 +2897,7 @@ class BoxerClient(_Client):
         self._settings["handlers"] = handlers
         pool = self._pool = _SyncPool(self._settings["max_connections"], self._context)
         self._opener = urllib.request.OpenerDirector()
-        for handler in (_ConnectionHandler(pool, self._origin.authority), *map(copy.copy, handlers)):
+        for handler in (_ConnectionHandler(pool, self._origin), *map(copy.copy, handlers)):
             self._opener.add_handler(handler)  # a handler belongs to one opener, hence the copies
 
     def __enter__(self) -> BoxerClient:
@@ -2946,8 +2959,8 @@ class BoxerClient(_Client):
         network: "none" (the default), "sandbox" or "host". With a network a run is sent only once, unless `retries`
             is given here, since it may have been seen from outside.
         input: the program's standard input. It needs /bin/sh in the image, as all outputs do.
-        outputs: names of files below /output, returned in `result.outputs`; those that the program did not write are
-            left out. True: everything there, at most 10,000 files and 256 MiB. Outputs stay on the server.
+        outputs: names of files below /output, returned in `result.outputs`, at most 256 MiB in all; those that the
+            program did not write are left out. True: everything there, at most 10,000 files. They stay on the server.
         output_dir: a local folder, to be made if need be, for everything from /output, whatever its size.
         tag: not sent; a RunRequest has it, and `run(**vars(request))` does what `send(request)` does.
         check: raise BoxerExitError if the exit code is not 0.
@@ -3071,7 +3084,7 @@ class BoxerClient(_Client):
             is_ours, call.failure = error is call.failure, None
             if is_ours:  # forget the frames of what wraps the opener, which `_is_ours` would take for a user's
                 error.with_traceback(None)
-            raise error  # noqa: TRY201 - from Python 3.11 on, a bare `raise` brings the frames back
+            raise error  # noqa: TRY201 - a bare `raise` brings the frames back before Python 3.11
         if isinstance(response, _Response):
             return response
         adopted, sink = _from_urllib(response, self._origin.authority), call.request.sink
@@ -3118,7 +3131,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        if self.sock is not None:  # of TCP, the system has taken everything if `can_take_more`
+        if self.sock is not None:  # over TCP, so that `can_take_more` means: the system has taken everything
             self.transport.set_write_buffer_limits(0)
         self.writer = asyncio.StreamWriter(self.transport, self, self.reader, asyncio.get_running_loop())
         super().connection_made(transport)
@@ -3245,9 +3258,10 @@ class _AsyncConnection(_Connection):
             self.sent += len(data)
 
     def is_all_sent(self) -> bool:
-        transports = (self._tcp.transport, self._protocol.transport)
-        is_taken = self._protocol.can_take_more and not any(each.get_write_buffer_size() for each in transports)
-        return is_taken and not self._send_failed
+        if self._send_failed or not self._protocol.can_take_more:
+            return False
+        transports = (self._tcp.transport, self._protocol.transport)  # closed TLS cannot be asked before Python 3.11
+        return self._tcp.transport.is_closing() or not any(each.get_write_buffer_size() for each in transports)
 
     async def drain(self) -> bytes:
         while not self._protocol.can_take_more and not self._has_arrived:
@@ -3280,7 +3294,7 @@ class _AsyncConnection(_Connection):
             self._stop_timer()
             self._timer = self._loop.call_later(left, self._ring)
 
-    def _ring(self, turns: int = 4) -> None:
+    def _ring(self, turns: int = _LATE_TURNS) -> None:
         """Abort the connection at the deadline, but not before a busy loop has handled what had happened by then."""
         self._timer = None
         if self.call is not None:  # else the connection is idle
@@ -3465,6 +3479,8 @@ class _AsyncPool(_Pool):
 
 class _AsyncWorkers(_Workers):
     """Calls in tasks."""
+
+    passed_on = (GeneratorExit, KeyboardInterrupt, SystemExit)
 
     def fetch(self, source: AsyncIterator[Any]) -> _Job:
         return self._begin(_Job(), source.__anext__)
@@ -3761,7 +3777,8 @@ def _add_common_options(add: Any, headers: str, default: Any) -> None:
     add("--timeout", type=float, default=default, metavar="S", help="seconds without answer or progress; default: 120")
     add("--header", action="append", dest=headers, default=[], metavar="'N: V'", help="a header field; repeatable")
     add("--ca", default=default, metavar="FILE", help="for https: certificates to trust in place of the system's")
-    add("--retries", type=int, default=default, metavar="N", help="how often to try a busy server again; default: 2")
+    text = "how often to try again if the server is busy or cannot be reached; default: 2"
+    add("--retries", type=int, default=default, metavar="N", help=text)
     add("-v", action="store_true", dest="is_verbose", default=default, help="say more: a line for each request")
     add("-q", action="store_true", dest="is_quiet", default=default, help="say nothing but errors")
 
