@@ -106,6 +106,7 @@ import queue
 import random
 import re
 import select
+import signal
 import socket
 import ssl
 import stat
@@ -851,7 +852,8 @@ def _written(target: Path) -> Iterator[IO[bytes]]:
             error.filename = str(target)
         raise
     finally:
-        temporary.unlink(missing_ok=True)  # it may have become the target
+        with contextlib.suppress(OSError):  # it may have become the target, or could not be made
+            temporary.unlink()
 
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
@@ -3679,7 +3681,7 @@ class AsyncBoxerClient(_Client):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-_FAILURES = (BoxerError, OSError, RuntimeError, ValueError)  # RuntimeError: no thread can be started
+_FAILURES = (BoxerError, MemoryError, OSError, RuntimeError, ValueError)  # RuntimeError: no thread can be started
 _HINTS = {
     0: "; --timeout (or --wait) waits longer",
     408: "; --time-limit gives it more time; if it printed a lot, have it write to /output, and fetch that with -o",
@@ -3708,7 +3710,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise
         return 0  # argparse has shown its help, or the version
     except (*_FAILURES, KeyboardInterrupt) as error:
-        if not isinstance(error, (BrokenPipeError, KeyboardInterrupt)):  # the former is what `| head` leads to
+        if isinstance(error, KeyboardInterrupt) and arguments is None:  # the program ends, and another must not stop it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        elif not isinstance(error, (BrokenPipeError, KeyboardInterrupt)):  # the former is what `| head` leads to
             _say(f"boxer: {_explained(error)}\n")
         return _exit_code(error)
 
@@ -3725,7 +3729,7 @@ def _command_line(arguments: Sequence[str] | None) -> Any:
         options.words += [word for word in more if word == "-" or not word.startswith("-")]
         more = [word for word in more if word != "-" and word.startswith("-")]
     if more:
-        options.error(f"there is no option {more[0]}")
+        options.error(f"there is no option {more[0].partition('=')[0]}")  # what follows it may be a secret
     if len(options.words) not in options.counts:
         options.error("too few arguments" if len(options.words) < options.counts.start else "too many arguments")
     options.env = _pairs(options, "-e", options.env, "=", "K=V")
@@ -3755,7 +3759,7 @@ def _parser() -> Any:
     parser.description = "Run untrusted code in the sandboxes of a Boxer server."
     parser.add_argument("--version", action="version", version=f"boxer {__version__}", help="show the version")
     _add_common_options(parser.add_argument, "headers_before", None)
-    parser.set_defaults(timeout=120.0, retries=2, env=[])
+    parser.set_defaults(timeout=120.0, env=[])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="boxer")
     for name, function, words, counts, add_options, example in _COMMANDS:
         text = function.__doc__ or "(python -OO drops this text)."
@@ -3830,9 +3834,11 @@ def _result(options: Any) -> RunResult:
     files = _named_files(options)
     given = {name: getattr(options, name) for name in ("env", "cwd", "network", "output_dir")}
     given["limits"] = {name: getattr(options, name) for name in ResourceLimits.__dataclass_fields__}
-    given["input"] = _standard_input() if options.has_input else None
+    content = given["input"] = _standard_input() if options.has_input else None
+    size = sum(file.stat().st_size for file in files.values())
+    size += len(content) if content is not None and _short_text(content) is None else 0  # it goes as a file
     with _client_with_progress(options, "running") as (client, progress):
-        progress.total = functools.partial(int, sum(file.stat().st_size for file in files.values()))
+        progress.total = functools.partial(int, size)
         return client.run(options.words[0], options.words[1:], files=files, **given)
 
 
@@ -3889,7 +3895,8 @@ def _do_health(options: Any) -> None:
     """Ask whether the server is well, or wait until it is."""
     with _client_with_progress(options, "waiting") as (client, _):
         if options.wait is None:
-            _run_to_completion(client._exchange(_HEALTH_REQUEST, _checked, client._options(retries=0)))  # noqa: SLF001
+            call = client._exchange(_HEALTH_REQUEST, _checked, client._options(retries=options.retries or 0))  # noqa: SLF001
+            _run_to_completion(call)
         else:
             client.wait_until_ready(options.wait)
     _write(sys.stdout, b"ok\n")
@@ -3912,10 +3919,13 @@ _COMMANDS: Any = [
 def _client_with_progress(options: Any, work: str) -> Iterator[tuple[BoxerClient, _Progress]]:
     """Give a client with the settings of a command line; what it logs, and how far it is, is shown meanwhile."""
     try:
-        context = ssl.create_default_context(cafile=options.ca) if options.ca else None
+        context = None
+        if options.ca is not None:
+            context = ssl.create_default_context(cafile=str(_local_path("--ca", options.ca)))
     except OSError as error:
         raise BoxerValidationError(f"--ca {options.ca}: {error.strerror}") from error
-    settings = {"headers": options.headers, "retries": options.retries, "ssl_context": context}
+    retries = 2 if options.retries is None else options.retries
+    settings = {"headers": options.headers, "retries": retries, "ssl_context": context}
     progress = _Progress(getattr(sys.stderr, "isatty", bool)() and not options.is_quiet)
     level, is_over = _LOG.level, threading.Event()
     thread = threading.Thread(target=progress.show, args=(work, is_over), daemon=True)
@@ -4000,9 +4010,9 @@ def _say(text: str) -> None:
 
 def _explained(error: BaseException) -> str:
     """Return what an error says, and what can be done about it, as one line."""
-    text = str(error) or "interrupted"
-    if isinstance(error, BoxerValidationError):
-        text = re.sub("|".join(_OPTIONS), lambda match: _OPTIONS[match[0]], text)
+    text = str(error) or ("not enough memory" if isinstance(error, MemoryError) else "interrupted")
+    if isinstance(error, BoxerValidationError):  # but not within the name of a file
+        text = re.sub(rf"(?<![\w/.'])({'|'.join(_OPTIONS)})(?![\w/.'])", lambda match: _OPTIONS[match[0]], text)
     if isinstance(error, BoxerConnectionError) and not error.request_sent:
         is_proxys = text.startswith("the proxy")
         hint = "http_proxy names it" if is_proxys else "is a server there? --url or BOXER_URL says where"

@@ -9998,6 +9998,13 @@ def test_a_local_path_may_be_text_that_is_not_what_it_says_of_itself(
     assert [str(path) for path in sorted(Path().rglob("*"))] == ["1", "1/b"]
 
 
+def test_what_a_download_cannot_be_written_to_is_named(client_of: Clients, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Peer([]) as peer, pytest.raises(NotADirectoryError) as caught:
+        client_of(peer.url).download_path("a", tmp_path / "file" / "a")
+    assert caught.value.filename == str(tmp_path / "file" / "a")
+
+
 class Short(RunRequest):
     """A request of the user's own kind."""
 
@@ -13292,6 +13299,8 @@ WRONG_USAGES = [
     ("health now", "too many arguments; see `boxer health --help`"),
     ("health --wait soon", "argument --wait: invalid float value: 'soon'; see `boxer health --help`"),
     ("health --timeout 0", "timeout must be a number of seconds above 0"),
+    ("health --haeder=SECRET", "there is no option --haeder; see `boxer health --help`"),
+    ("health --ca=", "--ca is empty"),
     ("--url localhost:8080 health", "--url is not a URL with a host, such as http://localhost:8080"),
 ]
 
@@ -13550,6 +13559,8 @@ def test_health_says_ok_or_the_server_s_reason(call_main: Any, clock: Clock) -> 
         assert call_main("health", "--url", peer.url, "--wait", "60") == (0, b"ok\n", "")
     with Peer.answering(unwell) as peer:
         assert call_main("health", "--url", peer.url) == (125, b"", "boxer: starting\n")
+    with Peer.answering(unwell, WELL) as peer:
+        assert call_main("health", "-q", "--url", peer.url, "--retries", "1") == (0, b"ok\n", "")
     with Host(lambda _: [unwell]) as host:
         code, _, stderr = call_main("health", "--url", host.url, "--wait", "5")
     assert code == 125 and "the server was not ready in time: starting" in stderr
@@ -13828,7 +13839,8 @@ def test_ctrl_c_kills_the_sandbox_and_is_130(is_json: bool) -> None:
     with StandIn() as server, Terminal("run", *options, "python:3.12-slim", "sleep", "29", url=server.url) as terminal:
         assert server.wait_for(lambda: server.runs_live, 60)
         assert terminal.shows("running: ")
-        terminal.type(b"\x03")
+        for _ in range(2):  # the program is on its end when another one comes
+            terminal.type(b"\x03")
         assert terminal.wait() == 130
         assert server.wait_for(lambda: server.runs_killed, 60) and server.runs == 1
     screen = terminal.screen.replace("^C", "")
@@ -13845,6 +13857,21 @@ def test_an_interrupt_of_any_command_is_130(call_main: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     assert call_main("health", "--url", "http://boxer.test") == (130, b"", "")
+
+
+def test_too_little_memory_is_one_line(call_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(BoxerClient, "run", run)
+    assert call_main("run", "image", "x") == (125, b"", "boxer: not enough memory\n")
+
+
+def test_the_name_of_a_file_is_shown_as_it_is(call_main: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "base_url").symlink_to("nowhere")
+    code, _, stderr = call_main("upload", "folder")
+    assert code == 125 and "folder/base_url' is a link that leads nowhere" in stderr.replace(os.sep, "/")
 
 
 # With programs that run
