@@ -1148,7 +1148,8 @@ def _checked(response: _Response) -> _Response:
         message = f"the answer came with Content-Encoding {_printable(response.coding)[:40]!r}, which was not asked for"
         raise BoxerAPIError(message, response.code)
     if response.is_cut:
-        raise BoxerAPIError("the answer is longer than is taken into memory", response.code)
+        limit = f"{_ANSWER_LIMIT >> 20} MiB, less what other outputs took"
+        raise BoxerAPIError(f"the answer is longer than is taken into memory ({limit})", response.code)
     return response
 
 
