@@ -1699,8 +1699,7 @@ class _Decoder:
                 return data[:size]
             if len(data) == most:
                 raise _ProtocolError(f"{what} is longer than {limit} bytes")
-            last = data.rfind(b"\n")
-            if last >= 0 and data[last - 1 : last] != b"\r":  # an earlier one makes a line malformed
+            if data.count(b"\n") > data.count(b"\r\n"):
                 raise _ProtocolError(f"a line of {what} does not end with CRLF")
             yield
 
@@ -1983,8 +1982,8 @@ def _is_ours(error: BaseException) -> bool:
     """
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)}
     others = {name.partition(".")[0] for name in modules - {__name__}}
-    waiting = {"asyncio", "concurrent", "contextlib", "gevent", "socket", "ssl", "urllib", "uvloop", "winloop"}
-    return others <= waiting | {"genericpath", "ntpath", "os", "pathlib", "posixpath"}
+    waiting = {"asyncio", "concurrent", "gevent", "socket", "ssl", "threading", "urllib", "uvloop", "winloop"}
+    return others <= waiting | {"contextlib", "genericpath", "ntpath", "os", "pathlib", "posixpath"}
 
 
 class _Pool:
@@ -3093,7 +3092,8 @@ class BoxerClient(_Client):
         adopted, sink = _from_urllib(response, self._origin.authority), call.request.sink
         if sink is not None and adopted.is_whole_file:
             sink.rewind()
-            sink.write(adopted.content)
+            for at in range(0, len(adopted.content), _PIECE_SIZE):
+                sink.write(adopted.content[at : at + _PIECE_SIZE])
         return adopted
 
 

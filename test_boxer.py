@@ -5666,6 +5666,7 @@ ANSWERS: list[tuple[bytes, Any, str]] = [
         "HTTP/1.1 099 OK", "HTTP/1.1 +20 OK", "HTTP/1.1\t200 OK", "HTTP/1.10 200 OK", "HTTP/1.1 200 O\x00K", "ICY 200",
         "HTTP/1.1 101 Switching Protocols", "HTTP/1.1 \xb2\xb2\xb2 OK", " HTTP/1.1 200 OK", "HTTP/1.1 200 O\rK")),
     (RAN.replace(b"\r\n", b"\n"), lost("CRLF"), DROPPED),
+    (WELL.replace(b"\r\n", b"\n") + b"<p>\r\n", lost("CRLF"), DROPPED),
     (RAN.replace(b" OK\r\n", b" OK\n"), lost(), DROPPED),
     *((raw(LENGTH, field, body=JSON_RUN), lost("field"), DROPPED) for field in (
         "A : b", "A B: c", ": b", "A", "A: \0", "A: b\rC: d", "A\xe9: b", "A: b\x7f", "A(: b")),
@@ -9923,6 +9924,32 @@ def test_where_a_file_cannot_be_read_the_uploads_under_way_end_first_and_are_rem
             client_of(host.url).run("image", ["prog"], files=files)
     paths = set(uploaded_to(host))
     assert 1 <= len(paths) < 8 and paths <= {name for run in runs_of(host) for name in run["files"]}
+    assert {run["cmd"][0] for run in runs_of(host)} == {"true"}
+
+
+# As threading's own: an error out of it has no frame of another module.
+STARTING = """
+def start(*args, **kwargs):
+    if get_ident() == main:
+        started.append(args)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+    return really_start(*args, **kwargs)
+"""
+
+
+def test_where_no_thread_can_be_started_what_was_uploaded_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_start_joinable_thread" if sys.version_info >= (3, 13) else "_start_new_thread"
+    known = {"main": threading.get_ident(), "get_ident": threading.get_ident, "started": []}
+    threads: dict[str, Any] = {"__name__": "threading", "really_start": getattr(threading, name), **known}
+    exec(STARTING, threads)
+    with Frail(lambda request: [STORED] if "/files" in request.line else [RAN]) as host:
+        client = BoxerClient(host.url)
+        monkeypatch.setattr(threading, name, threads["start"])
+        with contextlib.closing(client), pytest.raises(RuntimeError, match="can't start new thread"):
+            client.run("image", ["prog"], files={"a": b"", "b": b"", "c": b""})
+        monkeypatch.undo()
+    assert uploaded_to(host) <= {name for run in runs_of(host) for name in run["files"]}
     assert {run["cmd"][0] for run in runs_of(host)} == {"true"}
 
 
