@@ -3826,7 +3826,7 @@ def _do_run(options: Any) -> int:
             _write(stream, text.encode("utf-8", "replace"))
     if error is None:
         return members["exit_code"] if 0 <= members["exit_code"] <= 255 else 255
-    if options.json:
+    if options.json and not isinstance(error, KeyboardInterrupt):
         return _exit_code(error)
     raise error
 
