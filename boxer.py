@@ -182,10 +182,10 @@ _IN_MEMORY = (bytes, bytearray, memoryview, str)  # the kinds of content that ar
 # ---- Limits ----------------------------------------------------------------------------------------------------------
 
 # Of a request.
-_READ_SIZE = 2 * 1024 * 1024  # bytes to read from a file at a time; with asyncio, a thread does it
+_FILE_PIECE_SIZE = 2 * 1024 * 1024  # bytes to read from a file, or to write to it, at a time
 _PIECE_SIZE = 1024 * 1024  # bytes of other content to handle at a time
 _SEND_SIZE = 256 * 1024  # bytes of content to send at a time; the deadline starts again after each
-_TLS_RECORD_SIZE = 16 * 1024  # bytes
+_TLS_RECORD_SIZE = 16 * 1024  # bytes that fit into a record (RFC 8446, section 5.1)
 _SMALL_UPLOAD = 64 * 1024  # bytes of a body that is made as a whole, and sent at once
 _UPLOADS_AT_A_TIME = 8  # files, when a folder is uploaded
 _MOUNT_LIMIT = 200  # paths of its own that a run names; about 250 are too many for the server
@@ -627,7 +627,7 @@ def _read_whole(file: IO[bytes], size: int) -> Iterator[bytes]:
     file.seek(0)
     at = 0
     while at < size and file.tell() == at:
-        piece = _read(file, min(_READ_SIZE, size - at))
+        piece = _read(file, min(_FILE_PIECE_SIZE, size - at))
         if not piece or len(piece) > size - at:
             break
         at += len(piece)
@@ -795,15 +795,17 @@ class _Sink:
             self.written = 0
 
     def write(self, content: bytes) -> None:
-        while content:
+        at = 0
+        while at < len(content):
             if self.is_abandoned:
                 raise BoxerError("the call has ended meanwhile")
-            size = self._file.write(content)
+            piece = content[at : at + _FILE_PIECE_SIZE]
+            size = self._file.write(piece)
             if size == 0 or (size is None and isinstance(self._file, io.RawIOBase)):
                 raise BlockingIOError("the file that the download is written to takes nothing more")
-            size = len(content) if size is None else size  # a file without a buffer may take a part
+            size = len(piece) if size is None else size  # a file without a buffer may take a part
             self.written += size
-            content = content[size:]
+            at += size
 
 
 def _local_target(remote_path: str, local_path: Any) -> Path:
@@ -888,7 +890,7 @@ _RUN_MEMBERS = ("image", "cmd", "env", "cwd", "limits", "files", "persist", "net
 
 
 def _run_request(run: RunRequest) -> _Request:
-    limits = _limits(run.limits).to_dict() if run.limits else {}
+    limits = cast("ResourceLimits", run.limits).to_dict() if run.limits else {}
     members = {**vars(run), "limits": limits, "persist": bool(run.persist)}
     body = _JSON.encode({name: members[name] for name in _RUN_MEMBERS if members[name]}).encode()
     headers = {"Content-type": "application/json", "Content-length": str(len(body))}
@@ -944,7 +946,7 @@ class _Multipart:
             yield from _read_whole(self._content, self._size)
         else:
             self.can_be_sent = False
-            while piece := _read(self._content, _READ_SIZE):
+            while piece := _read(self._content, _FILE_PIECE_SIZE):
                 yield self._coded(piece)
 
     @property
@@ -1009,10 +1011,12 @@ class _Plan:
 
     def removals(self) -> Iterator[RunRequest]:
         """Yield runs that remove what is left on the server: any run without `persist` removes what it names."""
-        uploaded, groups = set(self.uploaded), []
+        uploaded = set(self.uploaded)
+        groups: list[list[str]] = []
         for path in self.begun:
             if path not in uploaded:  # a run that names what is not there removes nothing: there may be folders alone
-                groups += [[path, *_folders_of([path])], _folders_of([path])]
+                folders = _folders_of([path])
+                groups += [path, *folders], folders
         for paths in filter(None, [*groups, [*self.uploaded, *_folders_of(self.uploaded)]]):
             yield RunRequest(self.run.image, ["true"], files=paths)
 
@@ -1681,7 +1685,7 @@ class _Decoder:
             size = int(match[1], 16)
             yield from self._sized_content(size)
             if size:
-                yield from self._until(b"\r\n", 0, "what follows a chunk")
+                yield from self._until(b"\r\n", 0, "what a chunk has beyond its size")
         self._at -= 2  # step back over the last chunk's CRLF, so that an empty trailer section also ends with CRLF CRLF
         section = yield from self._until(b"\r\n\r\n", _HEAD_LIMIT, "the trailer section")
         _field_lines(section[2:].decode("latin-1"))  # nothing in it is of use, but it has to be well-formed
@@ -2337,9 +2341,9 @@ class _Client:
                 raise plan.failure  # noqa: TRY301 - the same is to be done after any error
             result = await self._exchange(_run_request(plan.run), _run_result, options)
         except Exception as error:
-            is_cancelled = error is not plan.failure and not _is_ours(error)  # by a signal handler, say
+            is_known = error is plan.failure or _is_ours(error)  # else a signal handler, say, cancels the call
             plan.failure = None  # its frames hold the plan
-            if not is_cancelled and not _may_be_in_use(error):
+            if is_known and not _may_be_in_use(error):
                 await self._remove(plan, options)
             raise
         if not plan.server_removes:
@@ -2464,6 +2468,12 @@ class _Job:
     error: BaseException | None = None
     is_done: bool = False
 
+    def take(self, what: Literal["result", "error"]) -> Any:
+        """Return what came of it, and forget that: an error keeps frames, and those keep the job."""
+        value = getattr(self, what)
+        setattr(self, what, None)
+        return value
+
 
 class _Workers:
     """Calls of one function, several at a time: in threads or, in the asyncio client, in tasks."""
@@ -2519,12 +2529,11 @@ async def _each(workers: _Workers, items: Any, is_ordered: bool) -> AsyncGenerat
             for job in list(started):
                 if job.is_done and job.error is None:
                     del started[job]
-                    result, job.result = job.result, None  # an error keeps frames, and those keep the job
-                    yield job.item, result
+                    yield job.item, job.take("result")
                 elif is_ordered and done.error is None:
                     break
             if done.error is not None:
-                raise vars(done).pop("error")
+                raise done.take("error")
     finally:
         await workers.end()
 
@@ -3092,8 +3101,7 @@ class BoxerClient(_Client):
         adopted, sink = _from_urllib(response, self._origin.authority), call.request.sink
         if sink is not None and adopted.is_whole_file:
             sink.rewind()
-            for at in range(0, len(adopted.content), _PIECE_SIZE):
-                sink.write(adopted.content[at : at + _PIECE_SIZE])
+            sink.write(adopted.content)
         return adopted
 
 
@@ -3368,10 +3376,7 @@ async def _within(
         await asyncio.wait((task,))
     if not done or call.cancellation.reason is not None:
         raise _ConnectionEnd(TimeoutError("timed out"))
-    result, failure = task.result()
-    if failure is not None:
-        raise failure
-    return cast("_T", result)
+    return _result_of(task.result())
 
 
 async def _outcome(function: Callable[[], Awaitable[_T]]) -> tuple[Optional[_T], Optional[Exception]]:
@@ -3382,8 +3387,15 @@ async def _outcome(function: Callable[[], Awaitable[_T]]) -> tuple[Optional[_T],
     """
     try:
         return await function(), None
-    except Exception as error:  # noqa: BLE001 - `_within` raises it
+    except Exception as error:  # noqa: BLE001 - `_result_of` raises it
         return None, error
+
+
+def _result_of(outcome: tuple[Optional[_T], Optional[Exception]]) -> _T:
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return cast("_T", result)
 
 
 async def _in_thread(call: _Call, peer: str, function: Callable[..., _T], *args: Any) -> _T:
@@ -3398,13 +3410,11 @@ async def _in_thread(call: _Call, peer: str, function: Callable[..., _T], *args:
     if not threading.main_thread().is_alive():
         return await do()  # pragma: no cover - coverage is not measured any more by then
     try:
-        result, failure = await _within(call.deadline.left, lambda: asyncio.to_thread(do_all), call)
+        outcome = await _within(call.deadline.left, lambda: asyncio.to_thread(do_all), call)
     except _ConnectionEnd as end:
         call.check(peer)
         raise BoxerConnectionError(f"{peer}: {end.loss}") from end  # pragma: no cover - nothing else ends it
-    if failure is not None:
-        raise failure
-    return cast("_T", result)
+    return _result_of(outcome)
 
 
 class _AsyncEvent:
